@@ -1,0 +1,47 @@
+# Everything runs in .venv, made from requirements.lock. Needs Python 3.11 or newer and make; nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test test-slow test-gpu check format docs clean
+
+help:  ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tuneloop needs Python 3.11 or newer; found $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "making $(VENV) from requirements.lock (about 2 GB, a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(INSTALLED)  ## tune, evaluate, register, deploy and question a real chat model
+	@$(BIN)/tuneloop demo
+
+test: $(INSTALLED)  ## the whole test suite, fast tests first
+	$(BIN)/python -m pytest tests/unit tests/contract tests/loop -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)  ## what takes too long for every change
+	$(BIN)/python -m pytest tests -m slow
+
+test-gpu: $(INSTALLED)  ## on a machine with a CUDA device
+	$(BIN)/python -m pytest tests -m gpu
+
+check: $(INSTALLED)  ## style, types and the architecture
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy -p tuneloop.core -p tuneloop.workspace -p tuneloop.server
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## mend what the style check would complain about
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+docs: $(INSTALLED)  ## the documentation as a site in site/
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	$(BIN)/mkdocs build --strict
+
+clean:  ## the environment and everything that was built
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache

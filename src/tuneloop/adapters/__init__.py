@@ -1,0 +1,1 @@
+"""The world behind the ports. Only `tuneloop.daemon` imports these."""

@@ -1,0 +1,140 @@
+"""The `Executor` port on this machine: detached processes that outlive the server.
+
+A process belongs to a folder (see `core.process`). Each is started in a session of its own, so that signals
+reach it together with its children and a closed terminal reaches neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+from pydantic import ValidationError
+
+from tuneloop.core.ports import ProcessStatus
+from tuneloop.core.process import forbid, is_alive
+from tuneloop.core.types import ProcessIdentity
+
+OWNER_VARIABLE = "TUNELOOP_OWNER"
+"""Set in every process that is started, so that a stray child is known by whom it belongs to."""
+
+
+class LocalExecutor:
+    """One per server. Keeps handles of its own children only in order to reap them."""
+
+    def __init__(self) -> None:
+        self._children: dict[Path, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def ensure(self, owner: str, folder: Path, module: str, environment: Mapping[str, str]) -> None:
+        with self._lock, _locked(folder / "ensure.lock"):
+            if (folder / "process.json").exists() or self._starting(folder):
+                return
+            self._children[folder] = _start(owner, folder, module, environment)
+
+    def status(self, owner: str, folder: Path) -> ProcessStatus:
+        with self._lock:
+            identity = self.identity(folder)
+            if identity is None:
+                return "starting" if self._starting(folder) else "absent"
+            child = self._children.get(folder)
+            if child is not None and child.poll() is not None:
+                del self._children[folder]
+            return "running" if is_alive(identity) else "ended"
+
+    def identity(self, folder: Path) -> ProcessIdentity | None:
+        try:
+            return ProcessIdentity.model_validate_json((folder / "process.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def stop(self, owner: str, folder: Path, *, kill: bool = False) -> None:
+        wanted = signal.SIGKILL if kill else signal.SIGTERM
+        identity = self.identity(folder)
+        group = identity.pid if identity is not None else self._child_pid(folder)
+        if group is None:
+            forbid(folder, owner)
+            return
+        if not kill:
+            if identity is None or is_alive(identity):
+                _signal(group, wanted)
+            return
+        for process in _members(group, owner):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(wanted)
+
+    def last_lines(self, folder: Path, count: int = 20) -> list[str]:
+        try:
+            with open(folder / "log.txt", "rb") as handle:
+                handle.seek(0, os.SEEK_END)
+                handle.seek(max(0, handle.tell() - 64_000))
+                return handle.read().decode("utf-8", "replace").splitlines()[-count:]
+        except FileNotFoundError:
+            return []
+
+    def _starting(self, folder: Path) -> bool:
+        """Whether a child of ours is on its way but has not yet said who it is."""
+        child = self._children.get(folder)
+        return child is not None and child.poll() is None
+
+    def _child_pid(self, folder: Path) -> int | None:
+        child = self._children.get(folder)
+        return child.pid if child is not None and child.poll() is None else None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two servers that ensure the same folder do so one after the other."""
+    with open(path, "a", encoding="utf-8") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _start(owner: str, folder: Path, module: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(folder)],
+            cwd=folder,
+            env=_environment(owner, environment),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _environment(owner: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The server's own environment without what belongs to its submitters, then the submission's."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {
+        **inherited,
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        **environment,
+        OWNER_VARIABLE: owner,
+    }
+
+
+def _signal(group: int, wanted: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, wanted)
+
+
+def _members(group: int, owner: str) -> list[psutil.Process]:
+    """The processes of a session that carry our mark: a reused number is not ours to kill."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.environ().get(OWNER_VARIABLE) == owner:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found

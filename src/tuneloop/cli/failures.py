@@ -1,0 +1,89 @@
+"""How an error is told: one message and the next move on stderr, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from tuneloop.core.errors import Internal, TuneloopError
+
+MOST_DETAILS = 50
+"""Lines of a long list of mistakes; the rest is counted."""
+
+
+def show(error: TuneloopError, as_json: bool = False) -> None:
+    """Print `error` on stderr; the traceback too when TUNELOOP_DEBUG is set."""
+    if os.environ.get("TUNELOOP_DEBUG"):
+        traceback.print_exception(error)
+    if as_json:
+        click.echo(json.dumps({"error": error.to_json()}), err=True)
+        return
+    for line in describe(error.message, error.next_move, error.details):
+        click.echo(line, err=True)
+
+
+def describe(message: str, next_move: str | None, details: Any) -> list[str]:
+    """The lines that tell an error to a person; `details` that the message says already are left out."""
+    lines = [f"error: {message}"]
+    mistakes = [text for text in map(_mistake, details if isinstance(details, list) else []) if text]
+    unsaid = [text for text in mistakes if text not in message]
+    lines += [f"  {text}" for text in unsaid[:MOST_DETAILS]]
+    if len(unsaid) > MOST_DETAILS:
+        lines.append(f"  and {len(unsaid) - MOST_DETAILS} more")
+    if next_move:
+        lines.append(f"  next: {next_move}")
+    return lines
+
+
+def _mistake(detail: Any) -> str | None:
+    """A mistake of a recipe (`line, field, message`) or a row (`file, line, field, rule, value, fix`)."""
+    if not isinstance(detail, Mapping):
+        return None
+    if "rule" in detail:
+        return _finding(detail)
+    if "message" not in detail:
+        return None
+    place = f"line {detail['line']}: " if detail.get("line") else ""
+    name = f"{detail['field']}: " if detail.get("field") else ""
+    return f"{place}{name}{detail['message']}"
+
+
+def _finding(detail: Mapping[str, Any]) -> str:
+    place = ":".join(str(detail[key]) for key in ("file", "line") if detail.get(key) is not None)
+    text = f"{place}: " if place else ""
+    text += f"{detail['field']}: " if detail.get("field") else ""
+    text += str(detail["rule"])
+    if detail.get("value") is not None:
+        text += f", found {_short(detail['value'])}"
+    return f"{text}. {detail['fix']}" if detail.get("fix") else text
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def show_usage(error: click.ClickException, as_json: bool) -> int:
+    """Click's own errors: what was typed is wrong."""
+    if as_json:
+        body = {"code": "usage", "message": error.format_message(), "next": None, "details": None}
+        click.echo(json.dumps({"error": body}), err=True)
+        return error.exit_code
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    click.echo(f"error: {error.format_message()}", err=True)
+    if context is not None:
+        click.echo(f"  next: {context.command_path} --help", err=True)
+    return error.exit_code
+
+
+def defect(error: Exception) -> Internal:
+    """An exception that nobody expected."""
+    return Internal(
+        f"{type(error).__name__}: {error}",
+        next_move="This is a defect of Tuneloop: set TUNELOOP_DEBUG=1 to see where, and report it.",
+    )

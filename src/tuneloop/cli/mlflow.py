@@ -1,0 +1,110 @@
+"""`tuneloop mlflow`: MLflow's own pages on this workspace, in the foreground."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import click
+
+from tuneloop.cli import output, session
+from tuneloop.core import settings as settings_module
+from tuneloop.core.errors import PortTaken, StepFailed
+
+START_SECONDS = 120.0
+STOP_SECONDS = 20.0
+
+
+@click.command("mlflow")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on 127.0.0.1."
+)
+def mlflow_(port: int) -> int:
+    """Open MLflow's pages on this workspace: parameters, curves, evaluations, registered models.
+
+    Starts MLflow's server in the foreground on this machine only, prints its address once it answers (it
+    takes 15 seconds or so), and stops it on Ctrl-C. The workspace's own server is not needed for it.
+
+    \b
+    Examples:
+      tuneloop mlflow
+      tuneloop mlflow --port 5001
+    """
+    settings = settings_module.load()
+    uri = settings.tracking_uri
+    if uri.startswith(("http://", "https://")):
+        output.say(f"This workspace writes to an MLflow server of yours: {uri}")
+        return 0
+    refuse_taken(port)
+    if uri.startswith("sqlite:///"):
+        (settings.home / "mlflow").mkdir(parents=True, exist_ok=True)
+    output.note(f"Starting MLflow on {uri} ...")
+    server = _start(uri, port)
+    try:
+        _wait_until_it_answers(server, port)
+        output.say(f"MLflow: http://127.0.0.1:{port}   (Ctrl-C stops it)")
+        return server.wait()
+    except KeyboardInterrupt:
+        output.note("Stopping MLflow.")
+        return 0
+    finally:
+        _stop(server)
+
+
+def refuse_taken(port: int) -> None:
+    """Raises `PortTaken` when something listens on 127.0.0.1:`port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise PortTaken(
+                f"Port {port} cannot be used: {error.strerror}.",
+                next_move=f"Choose another one: {session.program()} mlflow --port {port + 1}",
+            ) from error
+
+
+def _start(uri: str, port: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # Job execution would start eight more processes that a reader of pages has no use for.
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # A session of its own, so that stopping it takes its workers along.
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    give_up = time.monotonic() + START_SECONDS
+    while time.monotonic() < give_up:
+        if server.poll() is not None:
+            raise StepFailed(
+                f"MLflow ended with exit code {server.returncode}; its own message stands above.",
+                next_move=f"Check the installation: {session.program()} doctor",
+            )
+        try:
+            with opener.open(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise StepFailed(f"MLflow did not answer on port {port} within {START_SECONDS:.0f} s.")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """The whole group: MLflow's workers would outlive their parent."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+    server.wait()

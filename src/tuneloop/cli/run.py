@@ -1,0 +1,147 @@
+"""`tuneloop run`: submit a recipe and watch it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tuneloop.cli import output, session, shipped, streaming, words
+from tuneloop.core.errors import NotFound, UsageError
+from tuneloop.core.names import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from tuneloop.client import Submission
+
+
+@click.command("run")
+@click.argument("recipe")
+@click.option("changes", "--set", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe.")
+@click.option("--experiment", metavar="NAME", help="List the job under this experiment.")
+@click.option("--force-rerun", is_flag=True, help="Run every step, even where an equal one has a result.")
+@click.option("--detach", is_flag=True, help="Submit, say the job's name, and do not watch.")
+@click.option("--dry-run", is_flag=True, help="Print the final parameters with their origins, run nothing.")
+@click.option("--verbose", "-v", is_flag=True, help="Print the parameters at their built-in values too.")
+@output.json_option
+def run_(
+    recipe: str,
+    changes: Sequence[str],
+    experiment: str | None,
+    force_rerun: bool,
+    detach: bool,
+    dry_run: bool,
+    verbose: bool,
+    as_json: bool,
+) -> int:
+    """Run a recipe: import the base model, prepare the data, fine-tune, export and evaluate.
+
+    RECIPE is a YAML file, or the name of a recipe that ships with Tuneloop (`tuneloop recipes list`).
+    Paths of data in it start at the recipe's folder. Everything is checked before anything runs; the final
+    parameters are printed with where each value came from (model, recipe, --set; with -v also built-in).
+
+    Then the job's progress is streamed. Ctrl-C detaches: the job goes on, and `tuneloop jobs stream NAME`
+    comes back to it. Steps whose inputs and parameters were run before are reused.
+
+    With --json the job is printed as JSON on stdout when it has ended (with --detach: when it is
+    submitted) and the progress goes to stderr.
+
+    \b
+    Exit codes: 0 completed, 1 the job failed, 2 the recipe or the data is wrong,
+    130 cancelled, or detached with Ctrl-C.
+
+    \b
+    Examples:
+      tuneloop run my.yaml
+      tuneloop run my.yaml --set finetune.learning_rate=1e-4 --set finetune.num_train_epochs=2
+      tuneloop run demo --dry-run -v
+    """
+    overrides = words.assignments(changes, "--set")
+    submission = submission_of(recipe, overrides, experiment, force_rerun)
+    connection = session.connect()
+    if dry_run:
+        resolution = connection.client.resolve(submission)
+        if as_json:
+            output.print_json(resolution)
+        else:
+            tell_parameters(resolution, verbose)
+        return 0
+    job = connection.client.submit(submission)
+    if not as_json:
+        tell_parameters(job, verbose)
+        output.say(f"Job {job['name']} in experiment {job['experiment']}")
+    if detach:
+        _tell_detached(job, as_json)
+        return 0
+    return streaming.watch(connection, job["name"], as_json=as_json)
+
+
+def submission_of(
+    recipe: str, overrides: Mapping[str, str], experiment: str | None = None, force_rerun: bool = False
+) -> Submission:
+    """The recipe at a path, or the shipped one of that name. Raises `NotFound` with the nearest name."""
+    path = recipe_path(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file: {error.reason} at byte {error.start}.") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    return session.submission(
+        text=text,
+        path=recipe if path == Path(recipe) else path.name,
+        folder=str(path.parent.absolute()),
+        overrides=dict(overrides),
+        experiment=experiment,
+        force_rerun=force_rerun,
+    )
+
+
+def recipe_path(recipe: str) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    found = shipped.find(recipe)
+    if found is not None:
+        return found
+    near = did_you_mean(recipe.removesuffix(".yaml"), shipped.names()) or ""
+    raise NotFound(
+        f"There is no recipe file {recipe!r}, and none of that name ships with Tuneloop. {near}".rstrip(),
+        next_move="See the shipped ones with: tuneloop recipes list",
+    )
+
+
+def tell_parameters(final: Mapping[str, Any], verbose: bool) -> None:
+    """The final set by origin; the built-in values only when asked for."""
+    output.say(final["display_name"])
+    groups: dict[str, list[str]] = {}
+    for name in final["parameters"]:
+        groups.setdefault(final["origins"].get(name, "built-in"), []).append(name)
+    for origin in sorted(groups, key=lambda name: (name == "built-in", name)):
+        if origin == "built-in" and not verbose:
+            continue
+        output.say(f"  from {origin}:")
+        for name in groups[origin]:
+            output.say(f"    {name} = {_spelled(final['parameters'][name])}")
+    hidden = len(groups.get("built-in", []))
+    if hidden and not verbose:
+        output.say(f"  and {hidden} at their built-in values (-v shows them)")
+    for warning in final["warnings"]:
+        output.warn(warning)
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)
+
+
+def _tell_detached(job: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        output.print_json(job)
+        return
+    output.say(f"  watch it:  {session.program()} jobs stream {job['name']}")
+    output.say(f"  stop it:   {session.program()} jobs cancel {job['name']}")

@@ -1,0 +1,117 @@
+"""The data plane: one endpoint, as any caller with its key sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import httpx
+
+from tuneloop.client.views import EndpointView
+from tuneloop.client.wire import error_of
+from tuneloop.core.errors import Unavailable
+
+
+class EndpointClient:
+    """Scores and chats through the router; a deployment given here is pinned for every request.
+
+    Raises `Unavailable` while the endpoint has no address.
+    """
+
+    def __init__(
+        self,
+        endpoint: EndpointView,
+        key: str,
+        *,
+        deployment: str | None = None,
+        timeout: float = 300.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.name = endpoint["name"]
+        scoring_uri, openai_base_url = endpoint["scoring_uri"], endpoint["openai_base_url"]
+        if scoring_uri is None or openai_base_url is None:
+            raise Unavailable(
+                f"Endpoint {self.name!r} has no address yet: the router is starting.",
+                next_move="Wait a moment; look with: tuneloop status",
+            )
+        self.scoring_uri = scoring_uri
+        self.openai_base_url = openai_base_url.rstrip("/")
+        headers = {"Authorization": f"Bearer {key}"}
+        if deployment:
+            headers["azureml-model-deployment"] = deployment
+        self._http = httpx.Client(headers=headers, timeout=timeout, trust_env=False, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def score(self, body: bytes) -> str:
+        """The raw reply to a request body that is sent as it is."""
+        headers = {"Content-Type": "application/json"}
+        return self._post(self.scoring_uri, content=body, headers=headers).text
+
+    def complete(self, messages: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
+        """One OpenAI chat completion; `options` are its fields (`max_tokens`, `temperature`, ...)."""
+        reply = self._post(f"{self.openai_base_url}/chat/completions", json=self._chat(messages, options))
+        return dict(reply.json())
+
+    def stream(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[str]:
+        """The reply's text as it is generated. Raises `Unavailable` when it is cut before its end."""
+        body = self._chat(messages, options) | {"stream": True}
+        url = f"{self.openai_base_url}/chat/completions"
+        try:
+            with self._http.stream("POST", url, json=body) as response:
+                if response.is_error:
+                    raise error_of(response.status_code, response.read())
+                yield from _deltas(response.iter_lines())
+        except httpx.TransportError as error:
+            raise _endpoint_unreachable(self.name, url, error) from error
+
+    def _chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"model": self.name, "messages": [dict(message) for message in messages], **options}
+
+    def _post(self, url: str, **options: Any) -> httpx.Response:
+        try:
+            response = self._http.post(url, **options)
+        except httpx.TransportError as error:
+            raise _endpoint_unreachable(self.name, url, error) from error
+        if response.is_error:
+            raise error_of(response.status_code, response.content)
+        return response
+
+
+def _deltas(lines: Iterator[str]) -> Iterator[str]:
+    """The text in OpenAI's server-sent events; `[DONE]` proves that the reply is whole."""
+    for line in lines:
+        if not line.startswith("data:"):
+            continue
+        data = line[5:].strip()
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
+        if "error" in event:
+            raise error_of(500, data.encode())
+        for choice in event.get("choices", []):
+            text = choice.get("delta", {}).get("content")
+            if text:
+                yield text
+    raise Unavailable(
+        "The reply was cut off before its end.", next_move="Ask again; see: tuneloop deployments logs"
+    )
+
+
+def _endpoint_unreachable(name: str, url: str, error: httpx.TransportError) -> Unavailable:
+    if isinstance(error, httpx.TimeoutException):
+        return Unavailable(
+            f"Endpoint {name!r} did not answer in time at {url}.", next_move="Ask for fewer tokens."
+        )
+    return Unavailable(
+        f"Endpoint {name!r} does not answer at {url} ({error or type(error).__name__}).",
+        next_move="Look at it with: tuneloop status",
+    )

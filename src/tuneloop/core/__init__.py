@@ -1,0 +1,1 @@
+"""What everything stands on: nouns, states, errors, names, chat, ports, settings. Imports nothing above it."""

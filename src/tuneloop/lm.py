@@ -1,0 +1,223 @@
+"""Models and tokenizers on disk and in memory: load, adapt with LoRA, merge. Imports torch, knows no step.
+
+Used by the steps, the training loop and the engines. Two layouts are known: a plain Hugging Face folder, and
+an MLflow model folder, which holds one (weights under `model/`, tokenizer under `components/tokenizer/`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from tuneloop.core.chat import ChatTemplate
+from tuneloop.core.errors import ModelUnavailable
+
+MODEL_NOTE = "tuneloop.json"
+"""What Tuneloop knows about a model folder: base model, template digest, note, number of parameters."""
+
+_MISSING_WEIGHTS = "The folder is incomplete or belongs to another model; import the model again."
+
+
+def threads() -> int:
+    """Set torch's threads to OMP_NUM_THREADS, or to the physical cores that this process may use."""
+    written = os.environ.get("OMP_NUM_THREADS", "")
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = int(written) if written.isdigit() and int(written) > 0 else _physical(allowed)
+    torch.set_num_threads(count)
+    return count
+
+
+def _physical(allowed: int) -> int:
+    """Two threads of one core share its arithmetic units: more of them than cores is slower."""
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def quiet() -> None:
+    """No progress bars and no hints from transformers: a step's log is read by people."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+# ---------------------------------------------------------------- folders
+
+
+def resolve_folders(path: Path) -> tuple[Path, Path]:
+    """(model folder, tokenizer folder) of a plain Hugging Face folder or of an MLflow model folder.
+    Raises `ModelUnavailable` when it is neither."""
+    if (path / "MLmodel").is_file():
+        found = path / "model", path / "components" / "tokenizer"
+    else:
+        found = path, path
+    for folder, file in ((found[0], "config.json"), (found[1], "tokenizer.json")):
+        if not (folder / file).is_file():
+            raise ModelUnavailable(f"{folder} holds no {file}, so it is not a model that can be loaded.")
+    return found
+
+
+def load_template(path: Path) -> ChatTemplate:
+    """The chat template that belongs to the model in `path` (either layout)."""
+    return ChatTemplate.from_folder(resolve_folders(path)[1])
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """`tuneloop.json` of a model folder (either layout); empty when Tuneloop did not write one."""
+    file = path / MODEL_NOTE
+    if not file.is_file():
+        return {}
+    note = json.loads(file.read_text(encoding="utf-8"))
+    if note.get("format") != 1:
+        raise ModelUnavailable(
+            f"{file} has format {note.get('format')!r}; this version of Tuneloop reads format 1."
+        )
+    return dict(note)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a model (either layout). Raises `ModelUnavailable` when there is only a slow one."""
+    folder = resolve_folders(path)[1]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelUnavailable(
+            f"The tokenizer in {folder} has no fast form; Tuneloop needs a tokenizer.json that can be used."
+        )
+    return tokenizer
+
+
+def load_model(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """The causal language model in `path` (either layout), in evaluation mode, with SDPA attention.
+
+    Only safetensors are read. Raises `ModelUnavailable` when weights are missing or of another shape:
+    transformers would fill them with random numbers.
+    """
+    folder = resolve_folders(path)[0]
+    options.setdefault("attn_implementation", "sdpa")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelUnavailable(
+            f"The weights in {folder} cannot be loaded: {reason}", next_move=_MISSING_WEIGHTS
+        ) from error
+    model, report = loaded
+    refuse_incomplete(report, folder)
+    return model.to(device).eval()
+
+
+def refuse_incomplete(report: dict[str, Any], folder: Path) -> None:
+    """Raise `ModelUnavailable` when transformers' loading report names weights that were not found."""
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        names = [str(name) for name in report.get(kind) or ()]
+        if names:
+            raise ModelUnavailable(
+                f"The weights in {folder} are incomplete: {kind.replace('_', ' ')}: {', '.join(names[:5])}"
+                f"{' ...' if len(names) > 5 else ''}.",
+                next_move=_MISSING_WEIGHTS,
+            )
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+def add_lora(
+    model: PreTrainedModel,
+    r: int,
+    alpha: int,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    *,
+    seed: int | None = None,
+) -> Any:
+    """A PeftModel whose only trainable weights are LoRA's (arXiv:2106.09685): on `targets`, or on all linear
+    layers but the head. `seed` fixes the start of the A matrices without touching the global generator."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets) if targets else "all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    if seed is None:
+        return _adapted(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _adapted(model, config)
+
+
+def _adapted(model: PreTrainedModel, config: Any) -> Any:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks for an attribute that transformers 5.23 renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> Any:
+    """A PeftModel of `model` and the adapter in `folder` (PEFT layout). Raises `ModelUnavailable` when the
+    adapter does not fit."""
+    from peft import PeftModel
+
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise ModelUnavailable(f"{folder} holds no {file}, so it is not a LoRA adapter.")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    except (RuntimeError, ValueError) as error:
+        raise ModelUnavailable(
+            f"The adapter in {folder} does not fit the model: {str(error).splitlines()[0]}",
+            next_move="Use the base model that it was trained on.",
+        ) from error
+
+
+def merge(peft_model: Any) -> PreTrainedModel:
+    """The base model with the adapter added into its weights, in their precision; the adapter is gone."""
+    merged = peft_model.merge_and_unload()
+    # PEFT leaves its attribute behind, and save_pretrained would then write an adapter.
+    if hasattr(merged, "peft_config"):
+        del merged.peft_config
+    if hasattr(merged, "_hf_peft_config_loaded"):
+        merged._hf_peft_config_loaded = False
+    return merged
+
+
+def unusable_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """`name: reason` for every tensor without elements or with a value that is not a finite number."""
+    found = []
+    for name, tensor in tensors:
+        if tensor.numel() == 0:
+            found.append(f"{name}: no elements")
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            found.append(f"{name}: holds a value that is not a finite number")
+    return found

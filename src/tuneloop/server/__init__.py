@@ -1,0 +1,1 @@
+"""The HTTP server: one JSON error shape, the token and caller checks, and the API."""

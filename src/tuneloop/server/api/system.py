@@ -1,0 +1,96 @@
+"""Health, status, shutting down."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from tuneloop import __version__
+from tuneloop.core.states import ATTEMPT_ENDED, AttemptState, ModelState, ReplicaState
+from tuneloop.core.types import (
+    AttemptRecord,
+    EndpointRecord,
+    Event,
+    JobRecord,
+    ModelRecord,
+    ReplicaRecord,
+    ServiceRecord,
+    TrackingRecord,
+    dump,
+)
+from tuneloop.server.parts import Parts
+
+
+class Shutdown(BaseModel):
+    mode: Literal["all", "server"] = "all"
+
+
+def routes(parts: Parts) -> APIRouter:
+    router = APIRouter(tags=["system"])
+
+    @router.get("/health")
+    def health() -> dict[str, Any]:
+        return {"version": __version__, "pid": os.getpid(), "home_id": parts.home_id}
+
+    @router.get("/status")
+    def status() -> dict[str, Any]:
+        jobs = Counter(str(record.state) for record in parts.store.list(JobRecord))
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "home": str(parts.home),
+            "started_at": parts.started_at.isoformat(),
+            "jobs": dict(jobs),
+            "services": [dump(record) for record in parts.store.list(ServiceRecord)],
+            "processes": _processes(parts),
+            "endpoints": len(parts.store.list(EndpointRecord)),
+            "router_url": parts.endpoints.router_url(),
+            "computes": [dump(compute) for compute in parts.computes.list()],
+            "mlflow": {"tracking_uri": parts.settings.tracking_uri, **_lag(parts)},
+        }
+
+    @router.get("/events")
+    def events(after: int = 0, subject: str | None = None) -> Sequence[Event]:
+        return parts.store.events(after=after, subject=subject)
+
+    @router.post("/shutdown", status_code=202)
+    def shutdown(request: Shutdown) -> dict[str, str]:
+        parts.shut_down(request.mode)
+        return {"mode": request.mode}
+
+    return router
+
+
+def _processes(parts: Parts) -> list[dict[str, Any]]:
+    """Attempts and replicas that are alive, with their process."""
+    active = [state for state in AttemptState if state not in ATTEMPT_ENDED]
+    attempts: Sequence[AttemptRecord | ReplicaRecord] = parts.store.list(AttemptRecord, states=active)
+    replicas = parts.store.list(ReplicaRecord, states=[ReplicaState.STARTING, ReplicaState.READY])
+    return [
+        {
+            "what": f"{record.kind} {record.key}",
+            "state": record.state_name,
+            "pid": record.process.pid if record.process else None,
+        }
+        for record in (*attempts, *replicas)
+    ]
+
+
+def _lag(parts: Parts) -> dict[str, Any]:
+    """What the tracker has still to carry: bytes of curves, and models not yet in the registry."""
+    carried = {record.subject: record for record in parts.store.list(TrackingRecord)}
+    lag_bytes = 0
+    for attempt in parts.store.list(AttemptRecord):
+        done = carried.get(f"attempt/{attempt.key}")
+        if done is not None and done.is_finished:
+            continue
+        metrics = parts.files.folder(attempt.folder) / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        lag_bytes += max(0, size - (done.metrics_offset if done else 0))
+    pending = parts.store.list(ModelRecord, states=[ModelState.PENDING, ModelState.DELETING])
+    return {"lag_bytes": lag_bytes, "models_pending": len(pending)}

@@ -1,0 +1,488 @@
+"""`python -m tuneloop.serving.router DIR`: the one address of all endpoints. No torch, no store.
+
+Reads `DIR/router.json` (`core.types.RouterFile`), takes the folder (`core.process.claim`), listens on
+127.0.0.1 and writes `DIR/ready.json`; when the port is taken, `DIR/error.json` and exit code 1. The route
+table is watched; the demand file is written about once a second when it changes. SIGTERM lets requests in
+flight end for a few seconds.
+
+    POST /endpoints/NAME/score                  GET /health
+    POST /endpoints/NAME/v1/chat/completions    GET /endpoints/NAME/v1/models
+
+A request waits up to `hold_seconds` for a replica, so one that was killed is not noticed by callers. As long
+as no byte of a reply has been sent, a broken connection leads to another try: a completion changes nothing,
+so asking twice is safe. The deployment's request timeout counts from the arrival of the request to the last
+byte of the reply, streams included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import io
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+from tuneloop.core.errors import PortTaken, TuneloopError
+from tuneloop.core.process import claim, write_atomically
+from tuneloop.core.types import (
+    DemandFile,
+    ErrorInfo,
+    ReadyFile,
+    RouteDeployment,
+    RouteEndpoint,
+    RouteReplica,
+    RouterFile,
+)
+from tuneloop.serving.routing import (
+    Load,
+    RouteFile,
+    Turns,
+    check_key,
+    choose_deployment,
+    find_endpoint,
+    model_names,
+)
+from tuneloop.serving.wire import (
+    BODY_BYTES,
+    DEPLOYMENT_HEADER,
+    REPLICA_HEADER,
+    REQUEST_ID_HEADER,
+    Refused,
+    error_body,
+    error_event,
+    read_object,
+    request_id,
+    too_large,
+)
+
+WATCH_SECONDS = 0.2
+DEMAND_SECONDS = 1.0
+DRAIN_SECONDS = 3.0
+BODY_SECONDS = 60.0
+CONNECT_SECONDS = 5.0
+REPLAYS = 2
+"""Tries after a connection broke with the request already sent: it may be the request that kills."""
+
+_FORWARDED = ("content-type", "accept", "user-agent", "traceparent", "tracestate")
+"""Nothing else of a caller's headers reaches a replica: no key, no hop-by-hop header, no forged token."""
+_HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
+_NOT_RETURNED = _HOP_BY_HOP | {"transfer-encoding", "upgrade", "content-length", "date", "server"}
+
+Reply = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class ReplicaGone(Exception):
+    """The connection to a replica could not be made, or broke before its reply was whole."""
+
+
+@dataclass
+class Exchange:
+    """One request on its way through the router."""
+
+    request: web.Request
+    path: str
+    """The replica's path."""
+    endpoint: str
+    body: bytes
+    deployment: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    is_held: bool = False
+    """Whether it waits for a replica."""
+    out: web.StreamResponse | None = None
+    """Set once a stream has begun: from then on errors are events."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.endpoint}/{self.deployment}"
+
+
+class Router:
+    """The web application. `open` and `close` go around its life; `stop` is asked for by SIGTERM."""
+
+    def __init__(self, file: RouterFile) -> None:
+        self.file = file
+        self.routes = RouteFile(Path(file.routes))
+        self.turns = Turns()
+        self.load = Load()
+        self.is_stopping = False
+        self._changed = asyncio.Event()
+        self._scopes: set[asyncio.Timeout] = set()
+        self._written: tuple[dict[str, int], tuple[str, ...]] | None = None
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=BODY_BYTES, middlewares=[self._answer_errors])
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/endpoints/{endpoint}/score", self._score)
+        app.router.add_post("/endpoints/{endpoint}/v1/chat/completions", self._chat)
+        app.router.add_get("/endpoints/{endpoint}/v1/models", self._models)
+        app.cleanup_ctx.append(self._life)
+        return app
+
+    async def _life(self, _app: web.Application) -> AsyncIterator[None]:
+        self.routes.refresh()
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=15)
+        self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        loops = [asyncio.create_task(self._watch()), asyncio.create_task(self._report())]
+        yield
+        for loop in loops:
+            loop.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
+        await self.session.close()
+
+    async def drain(self) -> None:
+        """Let requests in flight end; cut what still runs after `DRAIN_SECONDS`, with an error event."""
+        self.is_stopping = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + DRAIN_SECONDS
+        while self.load.in_flight and loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        for scope in list(self._scopes):
+            scope.reschedule(loop.time())
+        while self._scopes:
+            await asyncio.sleep(0.01)
+
+    # ---------------------------------------------------------------- files
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self.routes.refresh():
+                self._changed.set()
+                self._changed = asyncio.Event()
+
+    async def _report(self) -> None:
+        while True:
+            await self.report()
+            await asyncio.sleep(DEMAND_SECONDS)
+
+    async def report(self) -> None:
+        """Write the demand file if it would say something new."""
+        seen = (dict(self.load.in_flight), tuple(sorted(self.load.waiting)))
+        if seen == self._written:
+            return
+        demand = DemandFile(at=datetime.now(UTC), in_flight=seen[0], wake=seen[1])
+        try:
+            # In a thread: an fsync on a busy disk would hold up every stream.
+            await asyncio.to_thread(write_atomically, Path(self.file.demand), demand.model_dump_json())
+        except OSError as problem:
+            print(f"demand file not written: {problem}", file=sys.stderr, flush=True)
+            return
+        self._written = seen
+
+    # ---------------------------------------------------------------- what is answered here
+
+    @web.middleware
+    async def _answer_errors(self, request: web.Request, handler: Reply) -> web.StreamResponse:
+        request["id"] = request_id(request.headers.get(REQUEST_ID_HEADER))
+        try:
+            return await handler(request)
+        except Refused as refused:
+            error = refused
+        except web.HTTPException as mistake:
+            error = _from_http(request, mistake)
+        except Exception:
+            traceback.print_exc()
+            error = Refused(500, "internal", f"The router failed; its log has request {request['id']}.")
+        headers = {**error.headers, REQUEST_ID_HEADER: request["id"]}
+        return web.json_response(error_body(request.path, error), status=error.status, headers=headers)
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok", "endpoints": len(self.routes.table.endpoints)})
+
+    async def _models(self, request: web.Request) -> web.Response:
+        """What the field `model` may say: the endpoint, its deployments, and their models."""
+        name, endpoint = self._admit(request)
+        models = [
+            {"id": model, "object": "model", "created": 0, "owned_by": "tuneloop"}
+            for model in dict.fromkeys([name, *model_names(endpoint)])
+        ]
+        return web.json_response(
+            {"object": "list", "data": models}, headers={REQUEST_ID_HEADER: request["id"]}
+        )
+
+    def _admit(self, request: web.Request) -> tuple[str, RouteEndpoint]:
+        name = request.match_info["endpoint"]
+        endpoint = find_endpoint(self.routes.table, name)
+        check_key(endpoint, request.headers)
+        return name, endpoint
+
+    # ---------------------------------------------------------------- what replicas answer
+
+    async def _score(self, request: web.Request) -> web.StreamResponse:
+        name, endpoint = self._admit(request)
+        exchange = Exchange(request, "/score", name, await _read(request))
+        return await self._route(exchange, endpoint, model=None)
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        name, endpoint = self._admit(request)
+        exchange = Exchange(request, "/v1/chat/completions", name, await _read(request))
+        model = read_object(exchange.body).get("model")
+        if model is not None and not isinstance(model, str):
+            raise Refused(400, "invalid_value", "model: expected a string", param="model")
+        return await self._route(exchange, endpoint, model)
+
+    async def _route(
+        self, exchange: Exchange, endpoint: RouteEndpoint, model: str | None
+    ) -> web.StreamResponse:
+        request = exchange.request
+        pins = request.headers.getall(DEPLOYMENT_HEADER, [])
+        exchange.deployment = choose_deployment(exchange.endpoint, endpoint, pins, model or None, self.turns)
+        exchange.headers = {name: request.headers[name] for name in _FORWARDED if name in request.headers}
+        exchange.headers[REQUEST_ID_HEADER] = request["id"]
+        seconds = endpoint.deployments[exchange.deployment].request_timeout_seconds
+        with Load.counted(self.load.in_flight, exchange.key):
+            return await self._within(seconds, exchange)
+
+    async def _within(self, seconds: float, exchange: Exchange) -> web.StreamResponse:
+        """The reply, or 504 (an error event once a stream has begun) when it takes longer than that."""
+        try:
+            async with asyncio.timeout(seconds) as scope:
+                self._scopes.add(scope)
+                return await self._ask(exchange)
+        except TimeoutError:
+            error = self._timed_out(seconds, exchange)
+        finally:
+            self._scopes.discard(scope)
+        if exchange.out is None:
+            raise error
+        return await _end_with(exchange.out, error)
+
+    def _timed_out(self, seconds: float, exchange: Exchange) -> Refused:
+        headers = {DEPLOYMENT_HEADER: exchange.deployment}
+        if self.is_stopping:
+            return Refused(
+                503, "stopping", "The router is being stopped.", headers={"Retry-After": "2", **headers}
+            )
+        if exchange.is_held:
+            return _no_replica(exchange)
+        message = (
+            f"Deployment '{exchange.deployment}' did not finish within {seconds:g} s, its request timeout. "
+            "Ask for fewer tokens, or deploy with a larger request_timeout_seconds."
+        )
+        return Refused(504, "timeout", message, headers=headers)
+
+    async def _ask(self, exchange: Exchange) -> web.StreamResponse:
+        loop = asyncio.get_running_loop()
+        hold_until = loop.time() + self.file.hold_seconds
+        replays = 0
+        while True:
+            replica, token = await self._find_replica(exchange, hold_until)
+            with Load.counted(self.load.per_replica, replica.id):
+                try:
+                    return await self._exchange(exchange, replica, token)
+                except aiohttp.ClientConnectorError:
+                    print(f"{replica.id} at {replica.address} refuses connections", flush=True)
+                except ReplicaGone as gone:
+                    print(f"{replica.id} at {replica.address}: {gone}", flush=True)
+                    replays += 1
+            self.load.suspect(replica, loop.time())
+            if replays > REPLAYS:
+                message = f"Deployment '{exchange.deployment}' lost {replays} replicas over this request."
+                raise Refused(502, "replica_lost", message, headers={DEPLOYMENT_HEADER: exchange.deployment})
+
+    async def _find_replica(self, exchange: Exchange, hold_until: float) -> tuple[RouteReplica, str]:
+        """A replica and its token, as soon as there is one. Raises 503 when the hold is over."""
+        loop = asyncio.get_running_loop()
+        found = self._pick(exchange, loop.time())
+        if found is not None:
+            return found
+        exchange.is_held = True
+        with Load.counted(self.load.waiting, exchange.key):
+            while loop.time() < hold_until:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), timeout=0.25)
+                found = self._pick(exchange, loop.time())
+                if found is not None:
+                    exchange.is_held = False
+                    return found
+        raise _no_replica(exchange)
+
+    def _pick(self, exchange: Exchange, now: float) -> tuple[RouteReplica, str] | None:
+        """From the table of this moment. Raises 404 when the deployment was deleted meanwhile."""
+        deployment = self._deployment(exchange)
+        replica = self.load.pick(deployment, now)
+        if replica is None:
+            return None
+        token = self.routes.token(replica)
+        if token is None:
+            self.load.suspect(replica, now)
+            return None
+        return replica, token
+
+    def _deployment(self, exchange: Exchange) -> RouteDeployment:
+        endpoint = self.routes.table.endpoints.get(exchange.endpoint)
+        deployment = endpoint.deployments.get(exchange.deployment) if endpoint else None
+        if deployment is None:
+            message = f"Deployment '{exchange.deployment}' of endpoint '{exchange.endpoint}' was deleted."
+            raise Refused(404, "deployment_not_found", message)
+        return deployment
+
+    async def _exchange(self, exchange: Exchange, replica: RouteReplica, token: str) -> web.StreamResponse:
+        """One try with one replica. Raises `ReplicaGone` as long as nothing reached the caller."""
+        headers = {**exchange.headers, REPLICA_HEADER: token}
+        url = replica.address + exchange.path
+        try:
+            async with self.session.post(url, data=_payload(exchange.body), headers=headers) as answer:
+                if answer.status == 401:
+                    # Another process on a dead replica's port: the caller's key is not what is wrong.
+                    self.routes.forget(replica)
+                    raise ReplicaGone("it does not know its token")
+                if answer.content_type == "text/event-stream":
+                    return await self._stream(exchange, answer)
+                body = await answer.read()
+                return web.Response(status=answer.status, body=body, headers=_returned(exchange, answer))
+        except aiohttp.ClientConnectorError:
+            raise
+        except aiohttp.ClientError as problem:
+            raise ReplicaGone(f"{type(problem).__name__}: {problem}") from None
+
+    async def _stream(self, exchange: Exchange, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+        """Every chunk as it comes. A stream that breaks ends in an error event, not in silence."""
+        out = web.StreamResponse(status=answer.status, headers=_returned(exchange, answer))
+        await out.prepare(exchange.request)
+        exchange.out = out
+        chunks = answer.content.iter_any()
+        while True:
+            try:
+                chunk = await anext(chunks, b"")
+            except aiohttp.ClientError:
+                message = f"Deployment '{exchange.deployment}' lost the replica that was answering."
+                return await _end_with(out, Refused(502, "replica_lost", message))
+            if not chunk:
+                return out
+            try:
+                await out.write(chunk)
+            except ConnectionError:
+                return out
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    """Sent at once when small, else in pieces, so that one large prompt holds up no stream."""
+    return body if len(body) < 1 << 20 else io.BytesIO(body)
+
+
+async def _read(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.read()
+    except TimeoutError:
+        message = f"The body did not arrive within {BODY_SECONDS:g} s."
+        raise Refused(408, "slow_request", message, headers={"Connection": "close"}) from None
+
+
+def _no_replica(exchange: Exchange) -> Refused:
+    message = (
+        f"Deployment '{exchange.deployment}' of endpoint '{exchange.endpoint}' has no replica that is ready. "
+        f"See: tuneloop deployments list {exchange.endpoint}"
+    )
+    headers = {"Retry-After": "5", DEPLOYMENT_HEADER: exchange.deployment}
+    return Refused(503, "no_replica", message, headers=headers)
+
+
+async def _end_with(out: web.StreamResponse, error: Refused) -> web.StreamResponse:
+    with contextlib.suppress(ConnectionError):
+        await out.write(error_event(error))
+        await out.write_eof()
+    return out
+
+
+def _returned(exchange: Exchange, answer: aiohttp.ClientResponse) -> dict[str, str]:
+    dropped = _NOT_RETURNED | {
+        name.strip().lower() for name in answer.headers.get("connection", "").split(",")
+    }
+    kept = {name: value for name, value in answer.headers.items() if name.lower() not in dropped}
+    kept[DEPLOYMENT_HEADER] = exchange.deployment
+    kept[REQUEST_ID_HEADER] = exchange.request["id"]
+    return kept
+
+
+def _from_http(request: web.Request, mistake: web.HTTPException) -> Refused:
+    if mistake.status == 413:
+        return too_large(BODY_BYTES)
+    if mistake.status == 404:
+        message = f"{request.path} is no path here; see /health, /endpoints/NAME/v1/chat/completions."
+        return Refused(404, "path_not_found", message)
+    allow = {name: mistake.headers[name] for name in ("Allow",) if name in mistake.headers}
+    return Refused(
+        mistake.status, "http", f"{request.method} {request.path}: {mistake.reason}.", headers=allow
+    )
+
+
+# ---------------------------------------------------------------- the process
+
+
+def listen(port: int) -> socket.socket:
+    """A socket on 127.0.0.1. Raises `PortTaken`. What a killed router left behind is no obstacle."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+        listener.listen(1024)
+    except OSError as problem:
+        listener.close()
+        if problem.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        raise PortTaken(
+            f"Port {port} on 127.0.0.1 cannot be taken for the endpoints: {problem.strerror}.",
+            next_move="Free it, or choose another with TUNELOOP_ROUTER_PORT (0: any), then: tuneloop up",
+        ) from None
+    return listener
+
+
+async def serve(folder: Path, file: RouterFile, listener: socket.socket) -> None:
+    """Until SIGTERM."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for wanted in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(wanted, stop.set)
+    router = Router(file)
+    # Cancellation: a caller that leaves closes the connection to the replica, which stops generating.
+    runner = web.AppRunner(
+        router.application(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+    )
+    await runner.setup()
+    site = web.SockSite(runner, listener, backlog=1024)
+    await site.start()
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    ready = ReadyFile(address=address, at=datetime.now(UTC))
+    write_atomically(folder / "ready.json", ready.model_dump_json())
+    print(f"router listens on {address}", flush=True)
+    await stop.wait()
+    await site.stop()
+    await router.drain()
+    await runner.cleanup()
+    print("router stopped", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    folder = Path(arguments[0]).resolve()
+    file = RouterFile.model_validate_json((folder / "router.json").read_bytes())
+    if not claim(folder, file.owner):
+        return 0
+    try:
+        listener = listen(file.port)
+    except TuneloopError as mistake:
+        error = ErrorInfo.model_validate(mistake.to_json())
+        write_atomically(folder / "error.json", error.model_dump_json(exclude_none=True))
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        return 1
+    asyncio.run(serve(folder, file, listener))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

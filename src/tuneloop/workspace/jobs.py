@@ -1,0 +1,243 @@
+"""Jobs: submitting, reading, cancelling and retrying them. Everything here is bookkeeping: it writes what is
+wanted; `reconcile` makes it so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tuneloop.core import recipe as recipes
+from tuneloop.core.errors import InvalidState, NotFound
+from tuneloop.core.names import check_name, did_you_mean, new_job_name
+from tuneloop.core.ports import Clock, Files, Store
+from tuneloop.core.states import (
+    JOB_ENDED,
+    JOB_MOVES,
+    STEP_GOOD,
+    JobState,
+    StepState,
+    check_move,
+)
+from tuneloop.core.types import (
+    Artifact,
+    ArtifactInput,
+    AttemptRecord,
+    Card,
+    Compute,
+    Dataset,
+    Event,
+    Job,
+    JobOutput,
+    JobRecord,
+    StepOutputInput,
+    StepRecord,
+)
+from tuneloop.workspace.catalog import Catalog
+from tuneloop.workspace.data import Data
+
+SAMPLES = Path(__file__).parent.parent / "samples"
+"""Data that ships; `samples:guide/train_sft.jsonl` in a recipe is a file under here."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A recipe on its way in. `folder` is where its relative data paths start."""
+
+    text: str
+    path: str
+    folder: Path
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    experiment: str | None = None
+    force_rerun: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Jobs:
+    def __init__(self, store: Store, files: Files, clock: Clock, catalog: Catalog, data: Data) -> None:
+        self._store = store
+        self._files = files
+        self._clock = clock
+        self._catalog = catalog
+        self._data = data
+
+    def resolve(self, submission: Submission) -> tuple[recipes.Resolved, Card]:
+        """The final set of parameters with their origins. Pure: nothing is recorded."""
+        recipe = recipes.parse(submission.text, path=submission.path, overrides=submission.overrides)
+        card = self._catalog.get(recipe.model)
+        return recipes.resolve(recipe, card), card
+
+    def submit(self, submission: Submission) -> JobRecord:
+        """Check everything, bring the data in, and record the job; the reconciler does the rest.
+        Raises `RecipeError`, `NotFound`, `DataError` or `Unsupported`; then nothing was recorded."""
+        resolved, card = self.resolve(submission)
+        if submission.experiment is not None:
+            check_name(submission.experiment, "experiment")
+        inputs, datasets = self._bring_in(resolved, submission.folder)
+        job = recipes.compile_job(
+            resolved,
+            name=new_job_name(),
+            card=card,
+            inputs=inputs,
+            dataset_names={role: dataset.key for role, dataset in datasets.items()},
+            experiment=submission.experiment,
+            environment=dict(submission.environment),
+            force_rerun=submission.force_rerun,
+        )
+        return self.record(job)
+
+    def record(self, job: Job) -> JobRecord:
+        """Record a graph of steps as it stands. Raises `NotFound` for an edge that leads nowhere or a
+        compute that there is not."""
+        _check_graph(job)
+        for step in job.steps:
+            self._store.get(Compute, step.compute)
+        now = self._clock.now()
+        with self._store.transaction():
+            record = self._store.insert(JobRecord(created_at=now, job=job))
+            for step in job.steps:
+                self._store.insert(StepRecord(created_at=now, job=job.name, step=step.name))
+            self._note(job.name, "submitted", display_name=job.display_name)
+        return record
+
+    def get(self, name: str) -> JobRecord:
+        return self._store.get(JobRecord, name)
+
+    def list(self, experiment: str | None = None, limit: int | None = None) -> Sequence[JobRecord]:
+        """Newest first."""
+        return self._store.list(JobRecord, parent=experiment, newest_first=True, limit=limit)
+
+    def steps(self, name: str) -> Sequence[StepRecord]:
+        """In the order of the graph."""
+        order = {step.name: position for position, step in enumerate(self.get(name).job.steps)}
+        return sorted(self._store.list(StepRecord, parent=name), key=lambda record: order[record.step])
+
+    def attempts(self, name: str, step: str) -> Sequence[AttemptRecord]:
+        """Oldest first. Raises `NotFound` for a step that the job does not have."""
+        job = self.get(name).job
+        if step not in {known.name for known in job.steps}:
+            known = [one.name for one in job.steps]
+            raise NotFound(f"Job {name} has no step '{step}'.", next_move=did_you_mean(step, known))
+        found = self._store.list(AttemptRecord, parent=f"{name}/{step}")
+        return sorted(found, key=lambda attempt: attempt.number)
+
+    def source_attempt(self, name: str, step: str) -> AttemptRecord | None:
+        """The newest attempt of a step, or the one elsewhere whose outputs it reused."""
+        own = self.attempts(name, step)
+        if own:
+            return own[-1]
+        reused = self._store.get(StepRecord, f"{name}/{step}").reused_from
+        return None if reused is None else self._store.find(AttemptRecord, reused)
+
+    def cancel(self, name: str) -> JobRecord:
+        """Ask for the end of a job. Asking twice is once; raises `InvalidState` when it has ended."""
+        with self._store.transaction():
+            record = self.get(name)
+            if record.state is JobState.CANCELING:
+                return record
+            if record.state in JOB_ENDED:
+                raise InvalidState(f"Job {name} has ended already: it is {record.state}.")
+            return self._move(record, JobState.CANCELING)
+
+    def retry(self, name: str) -> JobRecord:
+        """Run again what failed, was skipped or cancelled; what succeeded stays."""
+        with self._store.transaction():
+            record = self.get(name)
+            if record.state not in {JobState.FAILED, JobState.CANCELED}:
+                raise InvalidState(
+                    f"Job {name} is {record.state}; only a failed or cancelled job can be retried.",
+                    next_move="To run its recipe again from the start: tuneloop run RECIPE --force-rerun",
+                )
+            for step in self.steps(name):
+                if step.state not in STEP_GOOD:
+                    self._store.update(
+                        step.model_copy(
+                            update={
+                                "state": StepState.PENDING,
+                                "reason": None,
+                                "error": None,
+                                "started_at": None,
+                                "finished_at": None,
+                                "counted_from": step.attempts,
+                            }
+                        )
+                    )
+            return self._move(record, JobState.QUEUED, error=None, finished_at=None)
+
+    def output(self, name: str, output: str) -> tuple[JobOutput, str]:
+        """A job's output and its digest. Raises `NotFound` (no such output) or `InvalidState` (not made yet)."""
+        job = self.get(name).job
+        mapped = job.outputs.get(output)
+        if mapped is None:
+            raise NotFound(
+                f"Job {name} has no output '{output}'.", next_move=did_you_mean(output, job.outputs)
+            )
+        digest = self.output_digests(name).get(output)
+        if digest is None:
+            step = self._store.get(StepRecord, f"{name}/{mapped.step}")
+            raise InvalidState(f"Output '{output}' is made by step {mapped.step}, which is {step.state}.")
+        return mapped, digest
+
+    def output_digests(self, name: str) -> dict[str, str]:
+        """Those outputs that exist by now."""
+        made = {step.step: step.outputs for step in self._store.list(StepRecord, parent=name)}
+        found = {}
+        for output, mapped in self.get(name).job.outputs.items():
+            digest = made.get(mapped.step, {}).get(mapped.output)
+            if digest is not None:
+                found[output] = digest
+        return found
+
+    def artifact(self, digest: str) -> Artifact:
+        return self._store.get(Artifact, digest)
+
+    def _bring_in(
+        self, resolved: recipes.Resolved, folder: Path
+    ) -> tuple[dict[str, ArtifactInput], dict[str, Dataset]]:
+        inputs: dict[str, ArtifactInput] = {}
+        datasets: dict[str, Dataset] = {}
+        for role, written in resolved.recipe.data.files().items():
+            path = data_path(written, folder)
+            if role == "questions":
+                inputs[role] = self._data.bring_in_file(path, written)
+            else:
+                inputs[role], datasets[role] = self._data.bring_in_chat(path, written)
+        return inputs, datasets
+
+    def _move(self, record: JobRecord, state: JobState, **changes: object) -> JobRecord:
+        check_move(JOB_MOVES, f"Job {record.key}", record.state, state)
+        moved = self._store.update(record.model_copy(update={"state": state, **changes}))
+        self._note(record.key, "state", state=str(state))
+        return moved
+
+    def _note(self, name: str, what: str, **data: str) -> None:
+        self._store.append(Event(at=self._clock.now(), subject=f"job/{name}", what=what, data=dict(data)))
+
+
+def data_path(written: str, folder: Path) -> Path:
+    """Where a recipe's data lie: `samples:` ships with Tuneloop, the rest starts at the recipe's folder."""
+    if written.startswith("samples:"):
+        path = (SAMPLES / written.removeprefix("samples:")).resolve()
+        if not path.is_relative_to(SAMPLES.resolve()):
+            raise NotFound(f"{written} leaves the samples that ship.")
+        return path
+    return Path(folder, Path(written).expanduser())
+
+
+def _check_graph(job: Job) -> None:
+    """Every edge leads to an output of an earlier step: so there are no cycles."""
+    made: dict[str, Iterable[str]] = {}
+    for step in job.steps:
+        check_name(step.name, "step")
+        if step.name in made:
+            raise NotFound(f"Job {job.name} has two steps named '{step.name}'.")
+        for name, given in step.inputs.items():
+            if isinstance(given, StepOutputInput) and given.output not in made.get(given.step, ()):
+                raise NotFound(
+                    f"Step '{step.name}' takes input '{name}' from '{given.step}.{given.output}', "
+                    "which no earlier step makes."
+                )
+        made[step.name] = step.outputs
+    for name, mapped in job.outputs.items():
+        if mapped.output not in made.get(mapped.step, ()):
+            raise NotFound(f"Output '{name}' is mapped from '{mapped.step}.{mapped.output}', which is not made.")

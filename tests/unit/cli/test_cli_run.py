@@ -1,0 +1,319 @@
+"""`tuneloop run`, `jobs` and the progress that they show."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.conftest import FakeDaemon, Ran
+from tests.unit.cli.fake_api import FakeApi, job, line, page, step
+from tuneloop.cli import live, output, shipped
+from tuneloop.core.errors import RecipeError, ServerUnreachable
+
+NAME = "swift_heron_1"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text("model: SmolLM2-135M-Instruct\n")
+    return path
+
+
+def _running(**changes: object) -> dict[str, object]:
+    return job(state="running", steps=[step("finetune", "running", **changes), step("evaluate", "pending")])
+
+
+def test_run_submits_with_overrides_streams_and_sums_up(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path
+) -> None:
+    progress = line(
+        "finetune",
+        "training",
+        done=120,
+        total=600,
+        unit="steps",
+        values={"loss": 2.3104, "tokens_per_second": 412.3},
+        remaining_seconds=70,
+    )
+    api.pages[NAME] = [page(_running(), progress), page(job()), page(job())]
+    ran = tuneloop_command("run", str(recipe), "--set", "finetune.learning_rate=1e-4", "--experiment", "mine")
+    assert ran.code == 0
+    sent = api.body("POST", "/api/jobs")
+    assert sent["overrides"] == {"finetune.learning_rate": "1e-4"}
+    assert sent["experiment"] == "mine"
+    assert sent["folder"] == str(recipe.parent)
+    assert "training  120/600 steps  loss 2.31  412 tokens/s  1:10 left" in ran.out
+    assert "finetune      succeeded in 2:05" in ran.out
+    assert "base_loss 3.25  tuned_loss 1.5" in ran.out
+    assert f"tuneloop models register {NAME}:trained_model" in ran.out
+
+
+def test_run_prints_parameters_by_origin_and_built_in_ones_only_when_asked(
+    tuneloop_command: Callable[..., Ran], recipe: Path
+) -> None:
+    short = tuneloop_command("run", str(recipe), "--dry-run").out
+    assert "SmolLM2-135M-Instruct-guide-bs2-cosine-lora" in short
+    assert "from --set:\n    finetune.learning_rate = 0.0001" in short
+    assert "from recipe:\n    finetune.lora_r = 16" in short
+    assert "finetune.seed" not in short
+    assert (
+        "from built-in:\n    finetune.seed = 42"
+        in tuneloop_command("run", str(recipe), "--dry-run", "-v").out
+    )
+
+
+def test_a_dry_run_submits_nothing(tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path) -> None:
+    ran = tuneloop_command("run", str(recipe), "--dry-run", "--json")
+    assert json.loads(ran.out)["origins"]["finetune.lora_r"] == "recipe"
+    assert api.paths("POST") == ["/api/recipes/resolve"]
+
+
+def test_plain_progress_has_no_control_characters(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path
+) -> None:
+    api.pages[NAME] = [page(_running(), line("finetune", "train\x1b[2Jing")), page(job())]
+    ran = tuneloop_command("run", str(recipe))
+    assert all(letter.isprintable() or letter == "\n" for letter in ran.out)
+
+
+def test_detach_says_how_to_come_back(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path
+) -> None:
+    ran = tuneloop_command("run", str(recipe), "--detach")
+    assert ran.code == 0
+    assert f"tuneloop jobs stream {NAME}" in ran.out
+    assert not [path for path in api.paths("GET") if path.endswith("/progress")]
+
+
+def test_ctrl_c_leaves_the_job_and_says_how_to_come_back(
+    tuneloop_command: Callable[..., Ran], recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(live, "pages", interrupted)
+    ran = tuneloop_command("run", str(recipe))
+    assert ran.code == 130
+    assert f"tuneloop jobs stream {NAME}" in ran.err
+    assert f"tuneloop jobs cancel {NAME}" in ran.err
+
+
+def test_a_failed_job_gives_the_steps_error_the_next_move_and_the_log(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "home" / "jobs" / NAME / "finetune" / "1" / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_text("boom")
+    error = {
+        "code": "diverged",
+        "message": "loss is NaN at step 3",
+        "next": "lower the rate",
+        "details": None,
+    }
+    api.pages[NAME] = [page(job(state="failed", steps=[step("finetune", "failed", error=error)]))]
+    ran = tuneloop_command("run", str(recipe))
+    assert ran.code == 1
+    assert "error: step finetune: loss is NaN at step 3\n  next: lower the rate" in ran.err
+    assert str(log) in ran.err
+    assert f"tuneloop jobs retry {NAME}" in ran.err
+
+
+def test_a_cancelled_job_exits_with_130(tuneloop_command: Callable[..., Ran], api: FakeApi) -> None:
+    api.pages[NAME] = [page(job(state="canceled"))]
+    assert tuneloop_command("jobs", "stream", NAME).code == 130
+
+
+def test_with_json_the_job_is_on_stdout_and_progress_on_stderr(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path
+) -> None:
+    api.pages[NAME] = [page(_running(), line("finetune", "training")), page(job())]
+    ran = tuneloop_command("run", str(recipe), "--json")
+    assert json.loads(ran.out)["state"] == "completed"
+    assert "training" in ran.err
+
+
+def test_mistakes_of_a_recipe_are_told_before_anything_runs(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path
+) -> None:
+    api.errors["POST", "/api/jobs"] = RecipeError(
+        "my.yaml has 1 mistake.", details=[{"line": 1, "field": "modl", "message": "did you mean 'model'?"}]
+    )
+    ran = tuneloop_command("run", str(recipe))
+    assert ran.code == 2
+    assert "line 1: modl: did you mean 'model'?" in ran.err
+
+
+def test_a_bare_name_is_a_shipped_recipe(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tuneloop_command("run", "demo.yaml", "--dry-run").code == 0
+    sent = api.body("POST", "/api/recipes/resolve")
+    assert sent["text"] == (shipped.folder() / "demo.yaml").read_text(encoding="utf-8")
+    assert sent["folder"] == str(shipped.folder())
+
+
+def test_a_file_of_the_same_name_comes_before_the_shipped_recipe(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo.yaml").write_text("model: mine\n")
+    tuneloop_command("run", "demo.yaml", "--dry-run")
+    assert api.body("POST", "/api/recipes/resolve")["text"] == "model: mine\n"
+
+
+def test_an_unknown_recipe_is_not_found_with_the_nearest_name(tuneloop_command: Callable[..., Ran]) -> None:
+    ran = tuneloop_command("run", "dem.yaml")
+    assert ran.code == 3
+    assert "Did you mean 'demo'?" in ran.err
+
+
+def test_a_recipe_that_is_not_text_is_refused(tuneloop_command: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe")
+    ran = tuneloop_command("run", str(tmp_path / "r.yaml"))
+    assert ran.code == 2
+    assert "not a text file" in ran.err
+
+
+def test_a_change_without_a_value_is_a_usage_error(
+    tuneloop_command: Callable[..., Ran], recipe: Path
+) -> None:
+    ran = tuneloop_command("run", str(recipe), "--set", "learning_rate")
+    assert ran.code == 2
+    assert "--set 'learning_rate' is not NAME=VALUE" in ran.err
+
+
+def test_the_stream_survives_the_death_of_the_server(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, daemon: FakeDaemon
+) -> None:
+    api.jobs[NAME] = job()
+    api.errors["GET", f"/api/jobs/{NAME}/progress"] = ServerUnreachable("gone")
+    original = daemon.ensure
+
+    def ensure(settings: object) -> object:
+        api.errors.clear()
+        return original(settings)
+
+    daemon.ensure = ensure  # type: ignore[method-assign,assignment]
+    ran = tuneloop_command("jobs", "stream", NAME)
+    assert (ran.code, daemon.starts) == (0, 1)
+    assert "Starting the server again" in ran.out
+
+
+def test_the_stream_gives_up_on_a_server_that_stays_dead(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, daemon: FakeDaemon
+) -> None:
+    api.jobs[NAME] = job()
+    api.errors["GET", f"/api/jobs/{NAME}/progress"] = ServerUnreachable("gone")
+    assert tuneloop_command("jobs", "stream", NAME).code == 6
+    assert daemon.starts == live.MOST_RECONNECTS
+
+
+def test_plain_lines_come_at_most_every_few_seconds_within_a_stage() -> None:
+    stream, now = io.StringIO(), [0.0]
+    view = live.PlainView(stream, clock=lambda: now[0])
+    for second in range(20):
+        now[0] = float(second)
+        view.show(page(_running(), line("finetune", "training", done=second, total=20)))  # type: ignore[arg-type]
+    lines = [text for text in stream.getvalue().splitlines() if "training" in text]
+    assert [text.split()[0] for text in lines] == ["00:00", "00:05", "00:10", "00:15"]
+
+
+def test_plain_lines_tell_each_stage_state_and_warning_once() -> None:
+    stream = io.StringIO()
+    view = live.PlainView(stream, clock=lambda: 0.0)
+    warned = _running(warnings=["2 rows were cut"])
+    for _ in range(3):
+        view.show(page(warned, line("finetune", "loading"), line("finetune", "training")))  # type: ignore[arg-type]
+    text = stream.getvalue()
+    assert text.count("warning: 2 rows were cut") == 1
+    assert text.count("running") == 1
+    assert text.index("loading") < text.index("training")
+
+
+def test_a_second_attempt_is_told() -> None:
+    stream = io.StringIO()
+    view = live.PlainView(stream, clock=lambda: 0.0)
+    view.show(page(_running()))  # type: ignore[arg-type]
+    view.show(page(_running(attempts=2)))  # type: ignore[arg-type]
+    assert "running (attempt 2)" in stream.getvalue()
+
+
+def test_a_terminal_gets_a_table_with_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    with live.view_for(stream) as view:
+        view.show(page(_running(), line("finetune", "training", done=30, total=60, unit="steps")))  # type: ignore[arg-type]
+    assert "training  30/60 steps   50 %" in stream.getvalue()
+
+
+def test_jobs_list_shows_names_and_says_how_to_start_when_empty(
+    tuneloop_command: Callable[..., Ran], api: FakeApi
+) -> None:
+    assert "tuneloop run demo" in tuneloop_command("jobs", "list").err
+    api.jobs[NAME] = job()
+    ran = tuneloop_command("jobs", "list")
+    assert NAME in ran.out
+    assert "completed" in ran.out
+    assert json.loads(tuneloop_command("jobs", "list", "--json").out)[0]["name"] == NAME
+
+
+def test_jobs_show_tells_steps_outputs_and_warnings(
+    tuneloop_command: Callable[..., Ran], api: FakeApi
+) -> None:
+    api.jobs[NAME] = job(steps=[step("finetune", "reused"), step("evaluate")])
+    ran = tuneloop_command("jobs", "show", NAME)
+    assert "reused from calm_fern_1/finetune/1" in ran.out
+    assert "output trained_model: /h/artifacts/ab" in ran.out
+    assert "warning: precision 16 runs as 32" in ran.err
+
+
+def test_jobs_logs_takes_the_failed_step_and_cleans_its_text(
+    tuneloop_command: Callable[..., Ran], api: FakeApi
+) -> None:
+    api.jobs[NAME] = job(steps=[step("finetune", "failed"), step("evaluate", "skipped")])
+    assert tuneloop_command("jobs", "logs", NAME).out == "log of finetune[2J\n"
+
+
+def test_jobs_logs_refuses_an_unknown_step_by_name(
+    tuneloop_command: Callable[..., Ran], api: FakeApi
+) -> None:
+    api.jobs[NAME] = job()
+    ran = tuneloop_command("jobs", "logs", NAME, "--step", "finetun")
+    assert ran.code == 3
+    assert "Did you mean 'finetune'?" in ran.err
+
+
+def test_jobs_outputs_downloads_into_a_folder_of_the_outputs_name(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, tmp_path: Path
+) -> None:
+    api.jobs[NAME] = job()
+    ran = tuneloop_command("jobs", "outputs", NAME, "--download", "evaluation_result", "--to", str(tmp_path))
+    assert ran.code == 0
+    assert (tmp_path / "evaluation_result" / "evaluation.json").exists()
+    again = tuneloop_command(
+        "jobs", "outputs", NAME, "--download", "evaluation_result", "--to", str(tmp_path)
+    )
+    assert again.code == 4
+    assert "--force" in again.err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.96, "60.0 s"), (65, "1:05"), (3725, "1:02:05")]
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert output.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(812, "812 B"), (4_200_000, "4.2 MB"), (1.3e9, "1.3 GB")])
+def test_sizes_read_well(count: float, text: str) -> None:
+    assert output.size(count) == text

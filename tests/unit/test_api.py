@@ -1,0 +1,216 @@
+"""The API over HTTP: who may speak, what comes back, and the shape of every error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from tuneloop import daemon
+from tuneloop.core.settings import Settings
+from tuneloop.core.types import StepRecord
+from tuneloop.server.app import create_app
+from tuneloop.server.parts import Parts
+
+RECIPE = """
+experiment: tests
+model: SmolLM2-135M-Instruct
+data:
+  train: train.jsonl
+  test: train.jsonl
+finetune:
+  apply_lora: true
+"""
+GOOD_ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    settings = Settings(home=tmp_path / "home")
+    daemon.prepare_home(settings)
+    parts, _ = daemon.assemble(settings, daemon._Lifetime())
+    yield parts
+    parts.store.close()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def api(parts: Parts) -> Iterator[TestClient]:
+    headers = {"authorization": f"Bearer {parts.token}"}
+    with TestClient(create_app(parts), base_url="http://127.0.0.1:1", headers=headers, raise_server_exceptions=False) as client:
+        yield client
+
+
+def submission(folder: Path, text: str = RECIPE, rows: str = GOOD_ROW * 3, **more: object) -> dict[str, object]:
+    (folder / "train.jsonl").write_text(rows, encoding="utf-8")
+    return {"text": text, "path": "recipe.yaml", "folder": str(folder), **more}
+
+
+def test_health_needs_no_token_and_everything_else_does(api: TestClient) -> None:
+    assert api.get("/api/health", headers={"authorization": ""}).status_code == 200
+    for header in ("", "Bearer wrong", "Basic abc"):
+        answer = api.get("/api/status", headers={"authorization": header})
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "not_allowed"
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[::1"])
+def test_a_foreign_host_is_refused_even_with_the_token(api: TestClient, host: str) -> None:
+    answer = api.get("/api/status", headers={"host": host})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == "foreign_caller"
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1.evil.example"])
+def test_a_foreign_origin_is_refused(api: TestClient, origin: str) -> None:
+    assert api.post("/api/shutdown", headers={"origin": origin}, json={}).status_code == 403
+
+
+def test_a_job_is_recorded_with_its_final_parameters_and_their_origins(api: TestClient, tmp_path: Path) -> None:
+    answer = api.post("/api/jobs", json=submission(tmp_path, overrides={"finetune.learning_rate": "1e-4"}))
+    assert answer.status_code == 201, answer.text
+    job = answer.json()
+    assert job["state"] == "queued"
+    assert job["parameters"]["finetune.learning_rate"] == 1e-4
+    assert job["origins"]["finetune.learning_rate"] == "--set"
+    assert job["origins"]["finetune.apply_lora"] == "recipe"
+    assert [step["name"] for step in job["steps"]][0] == "model_import"
+    assert [found["name"] for found in api.get("/api/jobs").json()] == [job["name"]]
+    assert api.get(f"/api/jobs/{job['name']}/events").json()[0]["what"] == "submitted"
+
+
+def test_resolving_records_nothing(api: TestClient, tmp_path: Path) -> None:
+    answer = api.post("/api/recipes/resolve", json=submission(tmp_path)).json()
+    assert answer["parameters"]["finetune.apply_lora"] is True
+    assert api.get("/api/jobs").json() == []
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        ("{not json\n", "json"),
+        ("[1, 2]\n", "object"),
+        ('{"prompt": "x", "completion": "y"}\n', "messages"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}\n', "role"),
+        ('{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]}\n', "content"),
+        ('{"messages": [{"role": "user", "content": "x"}]}\n', "assistant"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_field_rule_and_fix_and_nothing_starts(
+    api: TestClient, tmp_path: Path, row: str, rule: str
+) -> None:
+    answer = api.post("/api/jobs", json=submission(tmp_path, rows=GOOD_ROW * 2 + row + GOOD_ROW))
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["code"] == "data"
+    finding = error["details"][0]
+    assert (finding["file"], finding["line"]) == ("train.jsonl", 3)
+    assert rule in finding["rule"]
+    assert finding["fix"]
+    assert "train.jsonl line 3" in error["message"]
+    assert api.get("/api/jobs").json() == []
+
+
+def test_bytes_that_are_not_utf8_are_a_finding_not_a_crash(api: TestClient, tmp_path: Path) -> None:
+    body = submission(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes(GOOD_ROW.encode() + b'{"messages": "\xff\xfe"}\n')
+    error = api.post("/api/jobs", json=body).json()["error"]
+    assert (error["details"][0]["line"], error["details"][0]["rule"]) == (2, "encoding")
+
+
+def test_all_mistakes_of_a_recipe_come_at_once_with_their_lines(api: TestClient, tmp_path: Path) -> None:
+    text = RECIPE + "  lerning_rate: 1\n  num_train_epochs: many\nevaluat: {}\n"
+    error = api.post("/api/jobs", json=submission(tmp_path, text=text)).json()["error"]
+    assert error["code"] == "recipe"
+    lines = {found["line"] for found in error["details"]}
+    assert len(error["details"]) >= 3
+    assert all(isinstance(line, int) for line in lines)
+    assert "learning_rate" in str(error["details"])
+
+
+def test_an_unknown_model_is_named_with_the_nearest(api: TestClient, tmp_path: Path) -> None:
+    text = RECIPE.replace("SmolLM2-135M-Instruct", "SmolLM-135M-Instruct")
+    answer = api.post("/api/jobs", json=submission(tmp_path, text=text))
+    assert answer.status_code == 404
+    assert "SmolLM2-135M-Instruct" in str(answer.json()["error"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"folder": "relative"},
+        {"environment": {"LD_PRELOAD": "/tmp/x.so"}},
+        {"surprise": 1},
+        {"experiment": "../../x"},
+        {"overrides": {"finetune.lerning_rate": "1"}},
+    ],
+)
+def test_what_would_be_ignored_or_unsafe_in_a_submission_is_refused(
+    api: TestClient, tmp_path: Path, change: dict[str, object]
+) -> None:
+    answer = api.post("/api/jobs", json={**submission(tmp_path), **change})
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["message"]
+    assert api.get("/api/jobs").json() == []
+
+
+def test_a_file_that_is_not_there_is_named_with_where_it_was_looked_for(api: TestClient, tmp_path: Path) -> None:
+    body = submission(tmp_path)
+    (tmp_path / "train.jsonl").unlink()
+    error = api.post("/api/jobs", json=body).json()["error"]
+    assert str(tmp_path / "train.jsonl") in error["message"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/api/jobs/none", "/api/models/none/1", "/api/endpoints/none", "/api/cards/none", "/api/nothing/here"],
+)
+def test_what_is_not_there_is_404_in_the_one_shape(api: TestClient, path: str) -> None:
+    answer = api.get(path)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
+
+
+def test_a_cancelled_job_that_ended_cannot_be_cancelled_again(api: TestClient, tmp_path: Path) -> None:
+    name = api.post("/api/jobs", json=submission(tmp_path)).json()["name"]
+    assert api.post(f"/api/jobs/{name}/cancel").json()["state"] == "canceling"
+    assert api.post(f"/api/jobs/{name}/cancel").status_code == 200
+    assert api.post(f"/api/jobs/{name}/retry").status_code == 409
+
+
+def test_an_output_that_is_not_made_yet_says_which_step_makes_it(api: TestClient, tmp_path: Path) -> None:
+    name = api.post("/api/jobs", json=submission(tmp_path)).json()["name"]
+    answer = api.post("/api/models", json={"job": name, "name": "tuned"})
+    assert answer.status_code == 409
+    assert "export" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["../../../token", "..%2f..%2ftoken", "/etc/passwd", "%00", "a/../../../token"])
+def test_a_path_never_leaves_its_artifact(api: TestClient, parts: Parts, tmp_path: Path, path: str) -> None:
+    name = api.post("/api/jobs", json=submission(tmp_path)).json()["name"]
+    digest, _ = parts.files.ingest(tmp_path / "train.jsonl")
+    step = parts.store.get(StepRecord, f"{name}/export")
+    parts.store.update(step.model_copy(update={"outputs": {"mlflow_model": digest}}))
+    answer = api.get(f"/api/jobs/{name}/outputs/trained_model/files/{path}")
+    assert answer.status_code == 404
+    assert parts.token not in answer.text
+
+
+def test_an_endpoint_shows_keys_only_when_asked_for_them(api: TestClient) -> None:
+    assert api.post("/api/endpoints", json={"name": "chat"}).status_code == 201
+    keys = api.get("/api/endpoints/chat/keys").json()
+    shown = api.get("/api/endpoints/chat").text
+    assert not any(key in shown for key in keys.values())
+
+
+def test_the_home_is_private(parts: Parts) -> None:
+    for name in ("token", "secret", "tuneloop.db"):
+        assert (parts.home / name).stat().st_mode & 0o077 == 0
+    assert parts.home.stat().st_mode & 0o077 == 0
+
+
+def test_the_api_describes_itself(api: TestClient) -> None:
+    paths = api.get("/openapi.json").json()["paths"]
+    assert "/api/jobs" in paths
+    assert "/api/endpoints/{name}/keys" in paths
