@@ -85,7 +85,7 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a model (either layout). Raises `ModelUnavailable` when there is only a slow one."""
+    """The model's fast tokenizer (either layout). Raises `ModelUnavailable` when it has only a slow one."""
     folder = resolve_folders(path)[1]
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not getattr(tokenizer, "is_fast", False):

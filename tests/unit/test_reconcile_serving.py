@@ -257,6 +257,13 @@ def test_a_killed_router_comes_back_on_the_port_it_had(world: World) -> None:
     assert json.loads(world.files.written[second / "router.json"])["port"] == 8123
 
 
+def test_the_tracker_runs_as_soon_as_its_process_does(world: World) -> None:
+    world.tick(2)
+    tracker = world.store.get(ServiceRecord, "tracker")
+    assert tracker.state is ServiceState.RUNNING
+    assert tracker.process is not None
+
+
 def test_a_service_that_cannot_start_is_tried_with_growing_pauses(world: World) -> None:
     world.tick()
     starts = []

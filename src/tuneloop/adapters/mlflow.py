@@ -1,7 +1,7 @@
-"""The `TrackingServer` port on MLflow's own client. Only the tracker process opens it, and `doctor` to rebuild.
+"""The `TrackingServer` port on MLflow's own client. The tracker process opens it, and nothing beside it.
 
-The client talks to the database itself (`sqlite:///...`) or to an MLflow server (`http://...`). It is opened at
-the first call, because that takes a second or two and fails when nobody answers.
+The client talks to the database itself (`sqlite:///...`) or to an MLflow server (`http://...`). It is opened
+at the first call, because that takes a second or two and fails when nobody answers.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _bounded_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, 
         drawn.add_column(column, ratio=None if len(columns) > 3 and position < 3 else 1, overflow="fold")
     for row in rows:
         drawn.add_row(*[output.cell(value) for value in row])
-    output.console(width=None if sys.stdout.isatty() else WIDTH).print(drawn)
+    output.draw(drawn, output.console(width=None if sys.stdout.isatty() else WIDTH))
 
 
 def _line(text: str) -> str:

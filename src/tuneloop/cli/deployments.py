@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 READY_SECONDS = 900.0
 """A large model may take minutes to load; after this `create` stops waiting, the deployment goes on."""
 
+GONE_SECONDS = 60.0
+"""Replicas get this long to end before `delete` says that they have not."""
+
 endpoint_option = click.option(
     "--endpoint", required=True, metavar="E", help="The endpoint it stands behind."
 )
@@ -234,15 +237,15 @@ def delete_(name: str, endpoint: str, as_json: bool) -> None:
         output.say(f"Deleted deployment {endpoint}/{name}.")
 
 
-def delete_and_wait(connection: Session, endpoint: str, name: str, seconds: float = 60.0) -> None:
+def delete_and_wait(connection: Session, endpoint: str, name: str) -> None:
     """As `wait_gone`."""
     connection.client.delete_deployment(endpoint, name)
-    wait_gone(connection, endpoint, name, seconds)
+    wait_gone(connection, endpoint, name)
 
 
-def wait_gone(connection: Session, endpoint: str, name: str, seconds: float = 60.0) -> None:
+def wait_gone(connection: Session, endpoint: str, name: str) -> None:
     """Raises `Unavailable` when the replicas do not end in time."""
-    give_up = time.monotonic() + seconds
+    give_up = time.monotonic() + GONE_SECONDS
     while time.monotonic() < give_up:
         try:
             connection.client.deployment(endpoint, name)
@@ -250,6 +253,6 @@ def wait_gone(connection: Session, endpoint: str, name: str, seconds: float = 60
             return
         time.sleep(0.2)
     raise Unavailable(
-        f"Deployment {endpoint}/{name} is still being deleted after {seconds:.0f} s.",
+        f"Deployment {endpoint}/{name} is still being deleted after {GONE_SECONDS:.0f} s.",
         next_move=f"Look at it with: {session.program()} status",
     )

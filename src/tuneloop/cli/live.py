@@ -78,21 +78,24 @@ def view_for(stream: TextIO) -> AbstractContextManager[View]:
     return TerminalView(stream) if stream.isatty() else PlainView(stream)
 
 
-def stage_text(line: ProgressView, *, bar: bool = False) -> str:
+def stage_text(line: ProgressView, *, percent: bool = False) -> str:
     """`training  120/600 steps  loss 2.31  412 tokens/s  1:10 left`."""
     done, total = line.get("done"), line.get("total")
     parts = [line.get("stage", "")]
-    if done is not None and total:
-        parts.append(f"{output.number(done)}/{output.number(total)} {line.get('unit') or ''}".rstrip())
-        if bar:
-            parts.append(f"{100 * done / total:3.0f} %")
-    elif done is not None:
-        parts.append(f"{output.number(done)} {line.get('unit') or ''}".rstrip())
+    if done is not None:
+        parts.append(_count_text(done, total, line.get("unit") or ""))
+        parts.append(f"{100 * done / total:3.0f} %" if percent and total else "")
     parts += [_value_text(name, value) for name, value in (line.get("values") or {}).items()]
     remaining = line.get("remaining_seconds")
-    if remaining is not None:
+    if remaining is not None and remaining >= 1:
         parts.append(f"{output.duration(remaining)} left")
     return "  ".join(part for part in parts if part)
+
+
+def _count_text(done: float, total: float | None, unit: str) -> str:
+    spell = output.size if unit == "bytes" else output.number
+    text = f"{spell(done)}/{spell(total)}" if total else spell(done)
+    return text if unit == "bytes" else f"{text} {unit}".rstrip()
 
 
 def _value_text(name: str, value: float) -> str:
@@ -234,7 +237,7 @@ class TerminalView(AbstractContextManager["TerminalView"]):
         if step["state"] == "running":
             line = self._progress.get(step["name"]) or step["progress"]
             again = f"attempt {step['attempts']}: " if step["attempts"] > 1 else ""
-            return again + (output.clean(stage_text(line, bar=True)) if line else "starting")
+            return again + (output.clean(stage_text(line, percent=True)) if line else "starting")
         if step["state"] == "reused":
             return state_text(step)
         if step["state"] == "succeeded":

@@ -13,6 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
 UNBOUNDED = 10_000
@@ -91,7 +92,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
         drawn.add_column(column, overflow="fold")
     for row in listed:
         drawn.add_row(*row)
-    console().print(drawn)
+    draw(drawn, console())
+
+
+def draw(table: Table, on: Console) -> None:
+    """Prints a table; in a file or a pipe its lines end where their text ends."""
+    if on.is_terminal:
+        on.print(table)
+        return
+    with on.capture() as captured:
+        on.print(table)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def cell(value: object) -> Text:

@@ -342,7 +342,7 @@ def _refuse_dropped(messages: Sequence[Message], text: str, origin: str) -> None
     for number, message in enumerate(messages):
         if message["role"] != "assistant" and str(message["content"]).strip() not in text:
             raise DataError(
-                f"{origin} leaves messages[{number}] out: it knows no place for the role {message['role']!r}.",
+                f"{origin} leaves messages[{number}] out: it has no place for the role {message['role']!r}.",
                 next_move="Move its text into the first user message.",
             )
 

@@ -7,7 +7,6 @@ controls, `tojson` without HTML escapes, `raise_exception`, `strftime_now`, and 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -50,12 +49,20 @@ def marks_generation(source: str) -> bool:
 def end_marker(tails: Sequence[str], eos: str) -> str:
     """The end-of-turn marker that begins each of `tails` (what a template writes after an answer when the
     conversation ends, goes on, or waits): the first tag or word common to all; empty when there is none."""
-    common = os.path.commonprefix(list(tails))
+    common = _common_start(tails)
     indent = common[: len(common) - len(common.lstrip())]
     if eos and common.startswith(indent + eos):
         return indent + eos
     found = _MARKER.match(common)
     return found.group() if found else ""
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    least, most = min(texts), max(texts)
+    for place, (one, other) in enumerate(zip(least, most, strict=False)):
+        if one != other:
+            return least[:place]
+    return least
 
 
 def _environment(track: bool) -> jinja2.sandbox.ImmutableSandboxedEnvironment:

@@ -150,14 +150,15 @@ class TrackingServer(Protocol):
     """Where runs and models are shown to people: MLflow.
 
     Everything may be said twice; the second time changes nothing. Any call may raise `Unavailable` (nobody
-    answers: keep everything for later), `NotFound` (that run is gone without a trace) or `InvalidState` (a person
-    deleted that run there: leave it alone). Another error concerns that one call only.
+    answers: keep everything for later), `NotFound` (that run is gone without a trace) or `InvalidState` (a
+    person deleted that run there: leave it alone). Another error concerns that one call only.
     """
 
     def ensure_run(
         self, experiment: str, identity: str, name: str, tags: Mapping[str, str], started_at: datetime
     ) -> str:
-        """The id of the run whose tag `identity` has the value in `tags`; made (and running) when there is none."""
+        """The id of the run whose tag `identity` has the value that `tags` gives it; made, and running, when
+        there is none."""
 
     def log(
         self,

@@ -45,7 +45,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """A piece of a reply. `text` is whole characters; it may be empty while a character is still incomplete."""
+    """A piece of a reply. `text` is whole characters; empty while a character is still incomplete."""
 
     text: str
     token_ids: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""From tokens to text while tokens still arrive: whole characters only, and nothing past a stop text. Pure."""
+"""From tokens to text while tokens still arrive: whole characters only, nothing past a stop text. Pure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _BROKEN = "\ufffd"
 class Detokenizer:
     """Text token by token. What `push` and `flush` return adds up to the decoding of all tokens at once.
 
-    A token is decoded together with the few before it, because a decoder writes some tokens differently at the
-    start of a text (the method of text-generation-inference's `decode_token`).
+    A token is decoded together with the few before it, because a decoder writes some tokens differently at
+    the start of a text (the method of text-generation-inference's `decode_token`).
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:

@@ -123,7 +123,9 @@ class TransformersEngine:
         output = self.model(input_ids=ids_T[None], logits_to_keep=before_N, use_cache=False)
         loss_sum, right = 0.0, 0
         for logits_NV, target_N in zip(
-            output.logits[0].split(SCORED_AT_ONCE), ids_T[before_N + 1].split(SCORED_AT_ONCE), strict=True
+            torch.split(output.logits[0], SCORED_AT_ONCE),
+            torch.split(ids_T[before_N + 1], SCORED_AT_ONCE),
+            strict=True,
         ):
             losses_N = torch.nn.functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
             loss_sum += float(losses_N.double().sum())
@@ -138,8 +140,8 @@ class TransformersEngine:
         wanted = len(request.prompt_ids) + request.max_new_tokens
         if wanted > self.context_length:
             raise UsageError(
-                f"{len(request.prompt_ids)} prompt tokens and {request.max_new_tokens} new ones are {wanted}; "
-                f"the model's context holds {self.context_length}."
+                f"{len(request.prompt_ids)} prompt tokens and {request.max_new_tokens} new ones are {wanted} "
+                f"tokens; the model's context holds {self.context_length}."
             )
 
     def _end_ids(self) -> frozenset[int]:
@@ -175,8 +177,9 @@ class TransformersEngine:
             return
         ids_BT, mask_BT = _left_padded([reply.request.prompt_ids for reply in replies])
         cache = DynamicCache(config=self.model.config)
-        for logits_BV in self._prefill(ids_BT, mask_BT, cache):
-            if all([self._is_cut(reply) for reply in replies]):
+        logits_BV = torch.empty(0)
+        for logits_BV in self._prefill(ids_BT, mask_BT, cache):  # noqa: B007 - the last ones are used below
+            if self._are_cut(replies):
                 return
         while True:
             tokens = [
@@ -195,6 +198,9 @@ class TransformersEngine:
                 mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
             logits_BV = self._forward(next_B1, mask_BT, cache)
 
+    def _are_cut(self, replies: list[_Reply]) -> bool:
+        return [self._is_cut(reply) for reply in replies].count(False) == 0
+
     def _is_cut(self, reply: _Reply) -> bool:
         if (reply.is_cancelled or self._is_closing.is_set()) and not reply.has_ended:
             reply.end("cancelled")
@@ -205,7 +211,7 @@ class TransformersEngine:
     ) -> Iterator[torch.Tensor]:
         """Logits after each piece of the prompts; the last are those that the first token is chosen from."""
         end = 0
-        for piece_BT in ids_BT.split(PREFILL_TOKENS, dim=1):
+        for piece_BT in torch.split(ids_BT, PREFILL_TOKENS, dim=1):
             end += piece_BT.shape[1]
             yield self._forward(piece_BT, None if mask_BT is None else mask_BT[:, :end], cache)
 
@@ -221,7 +227,8 @@ class TransformersEngine:
         output = self.model(
             input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **given
         )
-        return output.logits[:, -1].float()
+        logits_BV: torch.Tensor = output.logits[:, -1].float()
+        return logits_BV
 
 
 class _Reply:

@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import errno
 import io
-import signal
 import socket
 import sys
 import traceback
@@ -37,12 +36,12 @@ from tuneloop.core.process import claim, write_atomically
 from tuneloop.core.types import (
     DemandFile,
     ErrorInfo,
-    ReadyFile,
     RouteDeployment,
     RouteEndpoint,
     RouteReplica,
     RouterFile,
 )
+from tuneloop.serving.lifecycle import DRAIN_SECONDS, say_error, say_ready, stop_signal
 from tuneloop.serving.routing import (
     Load,
     RouteFile,
@@ -67,7 +66,6 @@ from tuneloop.serving.wire import (
 
 WATCH_SECONDS = 0.2
 DEMAND_SECONDS = 1.0
-DRAIN_SECONDS = 3.0
 BODY_SECONDS = 60.0
 CONNECT_SECONDS = 5.0
 REPLAYS = 2
@@ -338,6 +336,8 @@ class Router:
                     # Another process on a dead replica's port: the caller's key is not what is wrong.
                     self.routes.forget(replica)
                     raise ReplicaGone("it does not know its token")
+                if answer.status == 503:
+                    raise ReplicaGone("it is stopping")
                 if answer.content_type == "text/event-stream":
                     return await self._stream(exchange, answer)
                 body = await answer.read()
@@ -442,10 +442,7 @@ def listen(port: int) -> socket.socket:
 
 async def serve(folder: Path, file: RouterFile, listener: socket.socket) -> None:
     """Until SIGTERM."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for wanted in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(wanted, stop.set)
+    stop = stop_signal()
     router = Router(file)
     # Cancellation: a caller that leaves closes the connection to the replica, which stops generating.
     runner = web.AppRunner(
@@ -454,10 +451,7 @@ async def serve(folder: Path, file: RouterFile, listener: socket.socket) -> None
     await runner.setup()
     site = web.SockSite(runner, listener, backlog=1024)
     await site.start()
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    ready = ReadyFile(address=address, at=datetime.now(UTC))
-    write_atomically(folder / "ready.json", ready.model_dump_json())
-    print(f"router listens on {address}", flush=True)
+    say_ready(folder, f"http://127.0.0.1:{listener.getsockname()[1]}")
     await stop.wait()
     await site.stop()
     await router.drain()
@@ -476,10 +470,7 @@ def main(arguments: list[str]) -> int:
     try:
         listener = listen(file.port)
     except TuneloopError as mistake:
-        error = ErrorInfo.model_validate(mistake.to_json())
-        write_atomically(folder / "error.json", error.model_dump_json(exclude_none=True))
-        print(f"error: {mistake}", file=sys.stderr, flush=True)
-        return 1
+        return say_error(folder, ErrorInfo.model_validate(mistake.to_json()))
     asyncio.run(serve(folder, file, listener))
     return 0
 

@@ -115,7 +115,9 @@ def choose_deployment(
     named = _named_by_model(name, endpoint, model)
     if pin is not None:
         if pin not in named:
-            message = f"The header {DEPLOYMENT_HEADER} says '{pin}', model '{model}' is served by {_list(named)}."
+            message = (
+                f"The header {DEPLOYMENT_HEADER} says '{pin}', model '{model}' is served by {_list(named)}."
+            )
             raise Refused(400, "ambiguous_deployment", message, param="model")
         return pin
     if len(named) == 1 and model not in (None, name):
@@ -152,7 +154,7 @@ def _weights(name: str, endpoint: RouteEndpoint, named: list[str]) -> dict[str, 
     if not any(weights.values()):
         message = (
             f"No traffic goes to {_list(named)} of endpoint '{name}'. Set it "
-            f"(tuneloop endpoints traffic {name} {named[0]}=100), or pin one with the header {DEPLOYMENT_HEADER}."
+            f"(tuneloop endpoints traffic {name} {named[0]}=100), or pin it with {DEPLOYMENT_HEADER}."
         )
         raise Refused(404, "no_traffic", message)
     return {deployment: weight for deployment, weight in weights.items() if weight > 0}

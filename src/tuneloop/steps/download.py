@@ -142,7 +142,7 @@ def repository(context: StepContext, source: HubSource, patterns: Sequence[str])
             outcome["path"] = snapshot_download(
                 source.repository, revision=source.revision, cache_dir=cache, allow_patterns=list(patterns)
             )
-        except Exception as error:  # noqa: BLE001 - raised again in the main thread, in words
+        except Exception as error:
             outcome["error"] = error
 
     # In a thread of its own: the main thread reports, and is where an interruption arrives.
@@ -162,7 +162,7 @@ def _unavailable(source: HubSource, error: Exception) -> ModelUnavailable:
     if isinstance(error, errors.GatedRepoError):
         return ModelUnavailable(
             f"{name}: the hub gives it only to accounts that accepted its terms.",
-            next_move=f"Accept them at https://huggingface.co/{source.repository} and set HF_TOKEN. {_OWN_COPY}",
+            next_move=f"Accept them on the page of {source.repository} and set HF_TOKEN. {_OWN_COPY}",
         )
     if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
         return ModelUnavailable(

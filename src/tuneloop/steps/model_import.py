@@ -44,7 +44,7 @@ def run(context: StepContext) -> None:
     if parameters.trust_remote_code:
         raise Unsupported(
             "trust_remote_code is true: Tuneloop never runs code out of a model's repository.",
-            next_move="Set model_import.trust_remote_code to false; built-in architectures need no such code.",
+            next_move="Set model_import.trust_remote_code to false; built-in architectures need none.",
         )
     lm.threads()
     lm.quiet()
@@ -177,8 +177,8 @@ def _check_weights(folder: Path) -> None:
         pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
         if pickles:
             raise Unsupported(
-                f"{folder} holds its weights as {', '.join(pickles[:5])}: such files are unpickled, which runs "
-                "whatever code is in them, so Tuneloop never opens them.",
+                f"{folder} holds its weights as {', '.join(pickles[:5])}: opening such files runs whatever "
+                "code is in them, so Tuneloop never does.",
                 next_move="Take the model's safetensors version, or convert it where you trust it.",
             )
         raise ModelUnavailable(f"{folder} holds no model.safetensors.", next_move=_LAYOUT)
@@ -207,7 +207,7 @@ def _leave_code_behind(context: StepContext, target: Path) -> None:
         if written.pop("auto_map", None) is not None:
             _write_json(file, written)
             context.warn(
-                f"{file.name} asks for code of the model's own; it is not run, and transformers' {kind!r} is used."
+                f"{file.name} asks for the model's own code: it is not run, transformers' {kind!r} is used."
             )
 
 
@@ -215,7 +215,7 @@ def _leave_code_behind(context: StepContext, target: Path) -> None:
 
 
 def count_parameters(folder: Path) -> int:
-    """Elements of all tensors. Raises `ModelUnavailable` for a file that cannot be read or an empty tensor."""
+    """Elements of all tensors. Raises `ModelUnavailable` for an unreadable file or an empty tensor."""
     from safetensors import SafetensorError, safe_open
 
     total = 0

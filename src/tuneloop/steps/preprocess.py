@@ -87,9 +87,10 @@ def plan_splits(rows: Mapping[str, int]) -> dict[str, Share]:
     carved = max(1, rows["train"] * tenths // 10) if missing else 0
     kept = rows["train"] - carved * len(missing)
     if kept < 1:
+        carving = f", too few to carve {' and '.join(missing)} out of it" if missing else ""
         raise DataError(
-            f"the training file has {rows['train']} rows: too few to carve {' and '.join(missing)} out of it.",
-            next_move=f"Give it at least {len(missing) + 1} rows, or name {' and '.join(missing)} in the recipe.",
+            f"the training file has {rows['train']} rows{carving}.",
+            next_move=f"Give it at least {len(missing) + 1}, or name files for the other splits in the recipe.",
         )
     shares = {name: Share(name, 0, count) for name, count in rows.items()}
     shares["train"] = Share("train", 0, kept)
@@ -119,13 +120,15 @@ class Row(NamedTuple):
     messages: list[dict[str, Any]]
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Row | list[Finding]]]:
-    """(line, row or what is wrong with it) for every line that is not blank."""
+def read_rows(
+    path: Path, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, Row | list[Finding]]]:
+    """(line, row or what is wrong with it) for rows `start` to `stop`; a blank line is no row."""
     with open(path, "rb") as handle:
-        for line, raw in enumerate(handle, start=1):
-            text = raw.removeprefix(_BOM) if line == 1 else raw
-            if text.strip():
-                yield line, _read_row(line, text)
+        written = ((line, raw.removeprefix(_BOM) if line == 1 else raw) for line, raw in enumerate(handle, 1))
+        rows = (each for each in written if each[1].strip())
+        for line, raw in itertools.islice(rows, start, stop):
+            yield line, _read_row(line, raw)
 
 
 def _read_row(line: int, raw: bytes) -> Row | list[Finding]:
@@ -161,8 +164,9 @@ class Complaints:
         if not self.found:
             return
         shown = [
-            f"{each['file']} line {each['line']}: {each['field'] or 'the row'}: {each['rule']}: {each['value']}. "
-            f"{each['fix']}"
+            "{file} line {line}: {where}: {rule}: {value}. {fix}".format(
+                **each, where=each["field"] or "the row"
+            )
             for each in self.found[:5]
         ]
         count = f"{len(self.found)} findings" if len(self.found) < MOST_FINDINGS else "100 findings or more"
@@ -248,7 +252,7 @@ class Split:
     learned_tokens: int = 0
     longest: int = 0
     cut_rows: int = 0
-    cut_tokens_from: int | None = None
+    first_cut_line: int | None = None
     """Line of the first row that was cut."""
     special_text_rows: int = 0
     """Rows in which somebody wrote the text of a special token."""
@@ -267,10 +271,10 @@ def _write_splits(
     statistics = {}
     for name, share in shares.items():
         statistics[name] = split = Split()
-        rows = read_rows(context.inputs[share.source])
+        rows = read_rows(context.inputs[share.source], share.start, share.stop)
         file = context.input_names[share.source]
         with pa.OSFile(str(target / f"{name}.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for batch in _batches(itertools.islice(rows, share.start, share.stop), parameters.batch_size):
+            for batch in _batches(rows, parameters.batch_size):
                 good = _checked(batch, file, complaints)
                 encoded = _encode(tokenize, good, file, complaints, split)
                 writer.write_batch(_record_batch(encoded))
@@ -310,7 +314,7 @@ def _encode(
         split.special_text_rows += tokenize.holds_special_text(row)
         if each.was_cut:
             split.cut_rows += 1
-            split.cut_tokens_from = split.cut_tokens_from or row.line
+            split.first_cut_line = split.first_cut_line or row.line
     return encoded
 
 
@@ -376,19 +380,19 @@ def _say_what_was_done(
     for name, share in shares.items():
         if name != share.source:
             context.warn(
-                f"{name} was not given: rows {share.start + 1} to {share.stop} of the training file are used for "
-                "it and not trained on. They are taken in file order: a sorted file gives a biased split."
+                f"{name} was not given: rows {share.start + 1} to {share.stop} of the training file are used "
+                "for it and not trained on. They are taken in file order: a sorted file gives a biased split."
             )
     for name, split in statistics.items():
         if split.cut_rows:
             context.warn(
-                f"{split.cut_rows} of {split.rows} {name} rows are longer than {tokenize.max_seq_length} tokens and "
-                f"were cut there (the first is line {split.cut_tokens_from}): what was cut off is not learned."
+                f"{split.cut_rows} of {split.rows} {name} rows are longer than {tokenize.max_seq_length} "
+                f"tokens and were cut there (first: line {split.first_cut_line}): the rest is not learned."
             )
         if split.special_text_rows:
             context.warn(
-                f"{split.special_text_rows} {name} rows hold the text of a special token, which is tokenised as "
-                "that token."
+                f"{split.special_text_rows} {name} rows hold the text of a special token, which is tokenised "
+                "as that token."
             )
         context.summary[f"{name}_rows"] = split.rows
         context.summary[f"{name}_tokens"] = split.tokens

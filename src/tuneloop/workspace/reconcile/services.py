@@ -99,12 +99,15 @@ class Services:
             self._replace(name, record, folder)
 
     def _note_running(self, record: ServiceRecord, folder: Path) -> None:
+        identity = self._executor.identity(folder)
+        if record.name == "tracker":
+            self._move(record, ServiceState.RUNNING, process=identity, error=None)
+            return
         ready = read_ready(folder)
         if ready is None:
             return
         # The port is kept: a router that replaces this one listens where its clients expect it.
         port = urlsplit(ready.address).port
-        identity = self._executor.identity(folder)
         self._move(record, ServiceState.RUNNING, port=port, process=identity, error=None)
 
     def _replace(self, name: ServiceName, record: ServiceRecord, folder: Path) -> None:

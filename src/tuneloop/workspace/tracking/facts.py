@@ -165,7 +165,7 @@ class Batch:
 def read_curves(path: Path, offset: int, limit_bytes: int) -> Iterator[Batch]:
     """About `limit_bytes` of whole lines from `offset`, in batches that MLflow takes at once.
 
-    A line that is still being written waits; one that is no metrics line (a disk that was full) is passed over.
+    A line that is still being written waits; one that is no metrics line (a full disk) is passed over.
     """
     batch = Batch(end=offset)
     for line in _whole_lines(path, offset, limit_bytes):

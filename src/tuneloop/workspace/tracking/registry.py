@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tuneloop.core.errors import TuneloopError
 from tuneloop.core.ports import Clock, Files, Store, TrackingServer
@@ -24,7 +24,7 @@ class Registry:
         self._progress = progress
         self._clock = clock
 
-    def open_models(self) -> list[ModelRecord]:
+    def open_models(self) -> Sequence[ModelRecord]:
         return self._store.list(ModelRecord, states=[ModelState.PENDING, ModelState.DELETING])
 
     def carry(self, record: ModelRecord, is_awaited: Callable[[str], bool]) -> None:

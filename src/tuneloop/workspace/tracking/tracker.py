@@ -35,7 +35,7 @@ class TickReport(Noun):
 
 
 class Tracker:
-    """One per home. What it keeps in memory only saves queries; a fresh one goes on where the last one was."""
+    """One per home. What it keeps in memory only saves queries: a fresh one goes on where the last was."""
 
     def __init__(self, store: Store, files: Files, server: TrackingServer, clock: Clock) -> None:
         self._store = store

@@ -1,0 +1,33 @@
+"""One tiny model for all loop tests; a workspace with a server for each test that asks for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.loop.world import LoopWorld
+from tests.models import tiny_model
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def world(tmp_path: Path, model_folder: Path) -> Iterator[LoopWorld]:
+    one = LoopWorld(tmp_path / "world", model_folder)
+    yield one
+    one.take_down()
+    assert one.processes() == []
+
+
+@pytest.fixture(scope="module")
+def shared_world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[LoopWorld]:
+    """A workspace in which one job has completed; tests that share it leave it as they found it."""
+    one = LoopWorld(tmp_path_factory.mktemp("shared") / "world", model_folder)
+    yield one
+    one.take_down()
+    assert one.processes() == []

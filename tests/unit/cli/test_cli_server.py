@@ -1,0 +1,289 @@
+"""`up`, `down`, `status`, `doctor`, `mlflow`: what runs on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.conftest import FakeDaemon, Ran
+from tests.unit.cli.fake_api import FakeApi, job
+from tuneloop.cli import checks, mlflow, server, session
+from tuneloop.core.errors import PortTaken, ServerUnreachable
+from tuneloop.core.process import identity_of
+from tuneloop.core.settings import Settings
+
+Command = Callable[..., Ran]
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    path = tmp_path / "home"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(SLEEP)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def _record(folder: Path, pid: int, owner: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "process.json").write_text(identity_of(pid, owner).model_dump_json())
+
+
+def test_up_says_where_the_server_is(tuneloop_command: Command, api: FakeApi) -> None:
+    assert api.url in tuneloop_command("up").out
+    assert json.loads(tuneloop_command("up", "--json").out)["url"] == api.url
+
+
+def test_down_without_anything_running_is_no_error(tuneloop_command: Command, daemon: FakeDaemon) -> None:
+    daemon.is_up = False
+    assert tuneloop_command("down").out == "Nothing is running.\n"
+    assert daemon.starts == 0
+
+
+def test_down_stops_everything_and_says_what_goes_on(
+    tuneloop_command: Command, api: FakeApi, home: Path, child: subprocess.Popen[bytes]
+) -> None:
+    _record(home / "replicas" / "demo" / "tuned" / "1", child.pid, "r")
+    api.jobs["j"] = job("j", "running")
+    api.make_endpoint("demo")
+    api.pid = 2**22 + 1  # no such process: ended already
+    api.on_shutdown = child.kill
+    ran = tuneloop_command("down")
+    assert ran.code == 0
+    assert "Stopped: server, replica demo/tuned/1." in ran.out
+    assert "At the next `tuneloop up` this job goes on: j" in ran.out
+    assert "these endpoints are served again: demo" in ran.out
+    assert api.body("POST", "/api/shutdown") == {"mode": "all"}
+
+
+def test_down_server_only_leaves_the_rest(
+    tuneloop_command: Command, api: FakeApi, home: Path, child: subprocess.Popen[bytes]
+) -> None:
+    _record(home / "replicas" / "demo" / "tuned" / "1", child.pid, "r")
+    api.pid = 2**22 + 1
+    ran = tuneloop_command("down", "--server-only")
+    assert ran.out == "Stopped: server.\n"
+    assert api.body("POST", "/api/shutdown") == {"mode": "server"}
+
+
+def test_down_names_what_does_not_end(
+    tuneloop_command: Command,
+    api: FakeApi,
+    home: Path,
+    child: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "STOP_SECONDS", 0.05)
+    _record(home / "jobs" / "j" / "finetune" / "2", child.pid, "a")
+    api.pid = 2**22 + 1
+    ran = tuneloop_command("down")
+    assert ran.code == 6
+    assert f"step j/finetune (attempt 2) (pid {child.pid})" in ran.err
+
+
+def test_down_takes_over_what_outlived_its_server(
+    tuneloop_command: Command, api: FakeApi, daemon: FakeDaemon, home: Path, child: subprocess.Popen[bytes]
+) -> None:
+    _record(home / "services" / "router" / "1", child.pid, "s")
+    daemon.is_up = False
+    api.pid = 2**22 + 1
+    api.on_shutdown = child.kill
+    ran = tuneloop_command("down")
+    assert daemon.starts == 1
+    assert "Stopped: server, router." in ran.out
+
+
+def test_status_lists_processes_with_ports_and_starts_nothing(
+    tuneloop_command: Command, api: FakeApi, daemon: FakeDaemon, home: Path, child: subprocess.Popen[bytes]
+) -> None:
+    _record(home / "services" / "router" / "1", child.pid, "s")
+    api.pid = os.getpid()
+    api.jobs["j"] = job("j", "running")
+    api.make_endpoint("demo")
+    found = json.loads(tuneloop_command("status", "--json").out)
+    rows = {row["name"]: row for row in found["processes"]}
+    assert rows["router"] | {"memory_bytes": 0} == {
+        "name": "router",
+        "pid": child.pid,
+        "port": 4321,
+        "state": "running",
+        "memory_bytes": 0,
+    }
+    assert rows["server"]["memory_bytes"] > 0
+    text = tuneloop_command("status").out
+    assert "j  running" in text
+    assert "no deployments" in text
+    assert daemon.starts == 0
+
+
+def test_status_without_a_server_tells_what_outlived_it(
+    tuneloop_command: Command, daemon: FakeDaemon, home: Path, child: subprocess.Popen[bytes]
+) -> None:
+    _record(home / "jobs" / "j" / "finetune" / "1", child.pid, "a")
+    daemon.is_up = False
+    ran = tuneloop_command("status")
+    assert ran.code == 0
+    assert "No background server runs" in ran.out
+    assert "step j/finetune (attempt 1)" in ran.out
+
+
+def test_a_record_of_an_ended_process_is_not_alive(home: Path, child: subprocess.Popen[bytes]) -> None:
+    _record(home / "services" / "tracker" / "1", child.pid, "s")
+    assert [found.is_alive for found in session.recorded_processes(home)] == [True]
+    child.kill()
+    child.wait()
+    assert [found.is_alive for found in session.recorded_processes(home)] == [False]
+
+
+# ---------------------------------------------------------------- doctor
+
+
+@pytest.fixture
+def _quick_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "check_torch", lambda: checks.Check("torch", "ok", "2 threads"))
+
+
+@pytest.mark.usefixtures("_quick_torch")
+def test_doctor_is_content_with_a_sound_installation(tuneloop_command: Command) -> None:
+    ran = tuneloop_command("doctor", "--json")
+    found = json.loads(ran.out)
+    assert (ran.code, found["ok"]) == (0, True), found
+    assert {check["name"] for check in found["checks"]} >= {
+        "python",
+        "torch",
+        "home",
+        "server",
+        "mlflow",
+        "hub",
+    }
+
+
+@pytest.mark.usefixtures("_quick_torch")
+def test_doctor_fails_with_the_fix_when_others_may_read_the_token(
+    tuneloop_command: Command, home: Path
+) -> None:
+    (home / "token").write_text("t")
+    (home / "token").chmod(0o644)
+    ran = tuneloop_command("doctor")
+    assert ran.code == 1
+    assert f"home: chmod 600 {home / 'token'}" in ran.out
+
+
+def test_a_home_that_is_a_file_fails(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("")
+    assert checks.check_home(tmp_path / "f").state == "fail"
+
+
+def test_a_database_that_is_none_fails(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"not a database at all" * 100)
+    assert checks.check_mlflow(f"sqlite:///{tmp_path / 'mlflow.db'}").state == "fail"
+
+
+def test_a_sound_mlflow_database_is_told_with_its_runs(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "m.db")) as database:
+        database.execute("create table alembic_version (version_num text)")
+        database.execute("create table runs (run_uuid text)")
+        database.execute("insert into alembic_version values ('abc')")
+        database.commit()
+    found = checks.check_mlflow(f"sqlite:///{tmp_path / 'm.db'}")
+    assert (found.state, found.found.endswith("schema abc, 0 runs")) == ("ok", True)
+
+
+def test_a_port_of_another_program_fails(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        found = checks.check_ports(Settings(home=tmp_path, port=taken.getsockname()[1]))
+    assert found.state == "fail"
+    assert found.fix == "Set TUNELOOP_PORT to another port."
+
+
+def test_a_server_that_does_not_answer_fails_with_its_next_move() -> None:
+    def find() -> None:
+        raise ServerUnreachable("no answer", next_move="tuneloop up")
+
+    assert checks.check_server(find) == checks.Check("server", "fail", "no answer", "tuneloop up")
+
+
+def test_processes_without_a_server_are_a_warning(home: Path, child: subprocess.Popen[bytes]) -> None:
+    _record(home / "jobs" / "j" / "finetune" / "1", child.pid, "a")
+    (found,) = checks.check_processes(home)
+    assert found.state == "warn"
+    assert str(child.pid) in found.found
+
+
+def test_an_attempt_that_ended_without_a_result_is_told(home: Path, child: subprocess.Popen[bytes]) -> None:
+    _record(home / "jobs" / "j" / "finetune" / "1", child.pid, "a")
+    child.kill()
+    child.wait()
+    assert [found.name for found in checks.check_processes(home)] == ["processes", "ended early"]
+
+
+def test_pins_are_read_and_compared_without_build_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "requirements.lock"
+    lock.write_text(
+        "# made by hand\nclick==0.0.1 \\\n    --hash=sha256:00\ntorch==2.13.0 ; python_version > '3'\n"
+    )
+    assert checks.read_pins(lock.read_text()) == {"click": "0.0.1", "torch": "2.13.0"}
+    monkeypatch.setattr(checks, "find_lock", lambda: lock)
+    monkeypatch.setattr(checks, "_installed", lambda name: {"torch": "2.13.0+cpu"}.get(name, "9"))
+    (found,) = checks.check_packages()
+    assert (found.state, found.found) == ("warn", "click 9 instead of 0.0.1")
+
+
+def test_the_hub_token_is_never_shown() -> None:
+    found = checks.check_hub({"HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "1"})
+    assert "hf_secret" not in found.found
+    assert "offline" in found.found
+
+
+# ---------------------------------------------------------------- mlflow
+
+
+def test_mlflow_refuses_a_taken_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTaken, match="cannot be used") as caught:
+            mlflow.refuse_taken(port)
+    assert f"--port {port + 1}" in str(caught.value.next_move)
+
+
+def test_mlflow_points_to_a_server_that_was_set(
+    tuneloop_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNELOOP_MLFLOW_TRACKING_URI", "http://tracking.example:5000")
+    ran = tuneloop_command("mlflow")
+    assert (ran.code, "http://tracking.example:5000" in ran.out) == (0, True)
+
+
+def test_stopping_mlflow_takes_its_children_along(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        "print(child.pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    mlflow._stop(parent)
+    parent.stdout.close()
+    assert session.wait_until_gone([child], 5) == []
