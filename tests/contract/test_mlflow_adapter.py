@@ -12,7 +12,7 @@ from typing import Protocol
 
 import pytest
 
-from tests.fakes_tracking import FakeTrackingServer
+from tests.fakes_tracking import FakeTrackingServer, Killed
 from tuneloop.core.digest import of_path
 from tuneloop.core.errors import InvalidState, NotFound, Unavailable
 from tuneloop.core.ports import DatasetUse, Measurement, TrackingServer
@@ -388,6 +388,29 @@ def test_a_reader_does_not_stop_the_writer(mlflow_subject: MlflowSubject, here: 
     mlflow_subject.server.log(run_id, tags={"a": "b"})
     assert time.monotonic() - began < 5  # a reader in the way would hold it for 20 seconds
     reader.close()
+
+
+def test_a_tracker_killed_while_mlflow_makes_its_database_leaves_no_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.store.db.utils
+    import sqlalchemy as sa
+
+    from tuneloop.adapters.mlflow import open_server
+
+    def die_half_way(engine: sa.Engine) -> None:
+        with engine.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE _alembic_tmp_trace_tags (id INTEGER)"))
+        raise Killed
+
+    path = tmp_path / "mlflow" / "mlflow.db"
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.store.db.utils, "_initialize_tables", die_half_way)
+        with pytest.raises(Killed):
+            open_server(f"sqlite:///{path}", tmp_path).model_entries()
+    assert not path.exists()
+    assert open_server(f"sqlite:///{path}", tmp_path).model_entries() == []
+    assert [found.name for found in path.parent.glob(".*.new-*")] == []
 
 
 def test_a_database_that_cannot_be_opened_is_unavailable_at_once(tmp_path: Path) -> None:

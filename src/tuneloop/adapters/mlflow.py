@@ -11,8 +11,9 @@ import logging
 import os
 import shutil
 import sqlite3
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -194,9 +195,11 @@ class MlflowServer:
 
     def _open(self) -> MlflowClient:
         try:
-            if self._tracking_uri.startswith("sqlite:///"):
-                _prepare_sqlite(Path(self._tracking_uri.removeprefix("sqlite:///")))
-            return MlflowClient(self._tracking_uri, self._tracking_uri)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what its libraries deprecate is not ours to mend
+                if self._tracking_uri.startswith("sqlite:///"):
+                    _prepare_sqlite(Path(self._tracking_uri.removeprefix("sqlite:///")))
+                return MlflowClient(self._tracking_uri, self._tracking_uri)
         except Exception as error:  # whatever it is, MLflow cannot be had now
             first_line = str(error).strip().split("\n", 1)[0]
             raise Unavailable(f"{self._tracking_uri} cannot be opened: {first_line}") from error
@@ -218,8 +221,29 @@ def _translated(error: MlflowException) -> TuneloopError | MlflowException:
 def _prepare_sqlite(path: Path) -> None:
     """Readers (MLflow's UI) and our writes do not stop each other in WAL mode; it stays with the file."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not path.exists():
+        _create_sqlite(path)
     with closing(sqlite3.connect(path, timeout=10)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _create_sqlite(path: Path) -> None:
+    """A new database appears whole or not at all.
+
+    MLflow makes it by some seventy migrations outside of any transaction. Killed in between, it would refuse
+    what it finds there ever after ("table _alembic_tmp_... already exists").
+    """
+    for left_behind in path.parent.glob(f".{path.name}.new-*"):
+        left_behind.unlink(missing_ok=True)
+    staging = path.with_name(f".{path.name}.new-{os.getpid()}")
+    engine = mlflow.store.db.utils.create_sqlalchemy_engine(f"sqlite:///{staging}")
+    try:
+        mlflow.store.db.utils._initialize_tables(engine)
+    finally:
+        engine.dispose()
+    with suppress(FileExistsError):  # somebody else was first: theirs stands
+        os.link(staging, path)
+    staging.unlink()
 
 
 def _dataset_input(dataset: DatasetUse) -> DatasetInput:

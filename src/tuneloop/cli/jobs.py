@@ -106,7 +106,7 @@ def _tell_steps(job: JobView) -> None:
     rows = []
     for step in job["steps"]:
         taken = output.between(step["started_at"], step["finished_at"]) if step["started_at"] else None
-        figures = "  ".join(f"{name} {output.number(value)}" for name, value in step["metrics"].items())
+        figures = "  ".join(output.figure(name, value) for name, value in step["metrics"].items())
         notes = [f"warning: {warning}" for warning in step["warnings"]]
         if step["error"]:
             notes.append(step["error"]["message"])

@@ -85,7 +85,7 @@ def stage_text(line: ProgressView, *, percent: bool = False) -> str:
     if done is not None:
         parts.append(_count_text(done, total, line.get("unit") or ""))
         parts.append(f"{100 * done / total:3.0f} %" if percent and total else "")
-    parts += [_value_text(name, value) for name, value in (line.get("values") or {}).items()]
+    parts += [output.figure(name, value) for name, value in (line.get("values") or {}).items()]
     remaining = line.get("remaining_seconds")
     if remaining is not None and remaining >= 1:
         parts.append(f"{output.duration(remaining)} left")
@@ -96,14 +96,6 @@ def _count_text(done: float, total: float | None, unit: str) -> str:
     spell = output.size if unit == "bytes" else output.number
     text = f"{spell(done)}/{spell(total)}" if total else spell(done)
     return text if unit == "bytes" else f"{text} {unit}".rstrip()
-
-
-def _value_text(name: str, value: float) -> str:
-    if name.endswith("_per_second"):
-        return f"{output.number(round(value))} {name.removesuffix('_per_second').replace('_', ' ')}/s"
-    if name.endswith("_bytes"):
-        return f"{name.removesuffix('_bytes').replace('_', ' ')} {output.size(value)}"
-    return f"{name.replace('_', ' ')} {output.number(value)}"
 
 
 def state_text(step: StepView) -> str:

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import click
 
@@ -42,10 +43,12 @@ def mlflow_(port: int) -> int:
         output.say(f"This workspace writes to an MLflow server of yours: {uri}")
         return 0
     refuse_taken(port)
-    if uri.startswith("sqlite:///"):
-        (settings.home / "mlflow").mkdir(parents=True, exist_ok=True)
+    folder = settings.home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
     output.note(f"Starting MLflow on {uri} ...")
-    server = _start(uri, port)
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, _interrupt)
+    server = _start(uri, port, folder)
     try:
         _wait_until_it_answers(server, port)
         output.say(f"MLflow: http://127.0.0.1:{port}   (Ctrl-C stops it)")
@@ -55,6 +58,11 @@ def mlflow_(port: int) -> int:
         return 0
     finally:
         _stop(server)
+
+
+def _interrupt(*_: object) -> None:
+    """A closed terminal or a `kill` must not leave MLflow behind."""
+    raise KeyboardInterrupt
 
 
 def refuse_taken(port: int) -> None:
@@ -70,13 +78,16 @@ def refuse_taken(port: int) -> None:
             ) from error
 
 
-def _start(uri: str, port: int) -> subprocess.Popen[bytes]:
+def _start(uri: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--uvicorn-opts", "--log-level warning"]
     # Job execution would start eight more processes that a reader of pages has no use for.
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
     # A session of its own, so that stopping it takes its workers along.
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:

@@ -175,7 +175,8 @@ def _tell(model: ModelRecord) -> None:
             "recipe": lineage.recipe_digest,
             "code": lineage.code_version,
             "MLflow version": model.mlflow_version,
-            "metrics": {name: output.number(value) for name, value in model.metrics.items()},
             "error": model.error.message if model.error else None,
         }
     )
+    for name, value in model.metrics.items():
+        output.say(f"metric {name} = {output.number(value)}")

@@ -163,6 +163,17 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def figure(name: str, value: float) -> str:
+    """A metric by its name's unit: `loss 2.31`, `412 tokens/s`, `peak memory 1.5 GB`."""
+    if name.endswith("_per_second"):
+        return f"{number(round(value))} {name.removesuffix('_per_second').replace('_', ' ')}/s"
+    if name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes').replace('_', ' ')} {size(value)}"
+    if name.endswith("_seconds"):
+        return f"{name.removesuffix('_seconds').replace('_', ' ')} {duration(value)}"
+    return f"{name.replace('_', ' ')} {number(value)}"
+
+
 def moment(text: str | datetime | None) -> datetime | None:
     if text is None or isinstance(text, datetime):
         return text

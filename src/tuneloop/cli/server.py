@@ -206,7 +206,7 @@ def _tell_work(connection: Session, status: dict[str, Any]) -> None:
         shown = (
             ", ".join(f"{one['name']} {one['state']}" for one in endpoint["deployments"]) or "no deployments"
         )
-        output.say(f"  {endpoint['name']}  {endpoint['openai_base_url']}  {shown}")
+        output.say(f"  {endpoint['name']}  {endpoint['openai_base_url'] or 'no address yet'}  {shown}")
     lag = status["mlflow"].get("lag_bytes")
     late = f"  ({output.size(lag)} to be carried over)" if lag else ""
     output.say(f"mlflow: {status['mlflow'].get('tracking_uri')}{late}")

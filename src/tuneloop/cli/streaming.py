@@ -53,7 +53,7 @@ def tell_completed(job: JobView) -> None:
     output.say(f"Job {name} completed in {output.duration(taken)}.")
     metrics = final_metrics(job)
     if metrics:
-        output.say("  " + "  ".join(f"{key} {output.number(value)}" for key, value in metrics.items()))
+        output.say("  " + "  ".join(output.figure(key, value) for key, value in metrics.items()))
     for key, made in job["outputs"].items():
         output.say(f"  {key:<18} {made['path'] or made['digest'] or 'not made'}")
     output.say("Next:")

@@ -16,7 +16,8 @@ Azure's `POST /score`, nested as the published notebook sends it, or flat:
     {"input_data": {"input_string": [{"role": "user", "content": "Hello"}], "parameters": {}}}
 
 One conversation, nested or flat, is answered by `{"output": "text"}`, several by
-`{"output": ["text", "text"]}` in their order. `do_sample` left out is true when `temperature` or `top_p` is given, else false (greedy).
+`{"output": ["text", "text"]}` in their order. `do_sample` left out is true when `temperature` or `top_p` is
+given, else false (greedy).
 `return_full_text` puts the conversation's rendered text before the reply. A conversation that ends on an
 assistant turn is accepted: that turn is taken off, and the header `x-tuneloop-warning` says so.
 
@@ -42,7 +43,8 @@ MAX_CONVERSATIONS = 64
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 _OBEYED = frozenset(
-    "messages model max_tokens max_completion_tokens temperature top_p seed stop n stream stream_options".split()
+    {"messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "n"}
+    | {"stream", "stream_options"}
 )
 _HARMLESS = frozenset(("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier", "store"))
 """Accepted: they are notes of the caller, and change no reply."""

@@ -1,9 +1,10 @@
 """`python -m tuneloop.serving.replica DIR`: one process that serves one model through one engine.
 
-Reads `DIR/replica.json` (`core.types.ReplicaFile`), takes the folder, loads the model and lets it answer once;
-only then it listens on a free port of 127.0.0.1 and writes `DIR/ready.json`. When it cannot (a model that does
-not load, a chat template that is not the registered one), it writes `DIR/error.json` and exits with 1. Nothing
-is downloaded. Only the router is answered: every request needs the file's token in `x-tuneloop-replica`.
+Reads `DIR/replica.json` (`core.types.ReplicaFile`), takes the folder, loads the model and lets it answer
+once; only then it listens on a free port of 127.0.0.1 and writes `DIR/ready.json`. When it cannot (a model
+that does not load, a chat template that is not the registered one), it writes `DIR/error.json` and exits with
+1. Nothing is downloaded. Only the router is answered: every request needs the file's token in
+`x-tuneloop-replica`.
 
     POST /v1/chat/completions (stream or not)    POST /score    GET /v1/models    GET /health
 """
@@ -154,10 +155,13 @@ class Replica:
     async def _score(self, request: web.Request) -> web.Response:
         call = read_score(read_object(await request.read()))
         wanted = [await self._prepare(messages, call.sampling) for messages in call.conversations]
-        # In a group: when one fails or the caller leaves, the others are cancelled.
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._whole(each)) for each in wanted]
-        texts = [task.result()[0] for task in tasks]
+        tasks = [asyncio.create_task(self._whole(each)) for each in wanted]
+        try:
+            texts = [text for text, _, _ in await asyncio.gather(*tasks)]
+        finally:
+            # When one fails or the caller leaves, nobody waits for the others.
+            for task in tasks:
+                task.cancel()
         if call.returns_full_text:
             prompts = [self._render(messages) for messages in call.conversations]
             texts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
@@ -255,8 +259,8 @@ def load(file: ReplicaFile) -> Engine | ErrorInfo:
             return ErrorInfo(
                 code="template_mismatch",
                 message=(
-                    f"The chat template in {file.model_path} is not the one that '{file.model}' was registered "
-                    f"with: {engine.template.digest}, expected {file.template_digest}."
+                    f"The chat template in {file.model_path} is not the one that '{file.model}' was "
+                    f"registered with: {engine.template.digest}, expected {file.template_digest}."
                 ),
                 next="Register the model again, and deploy that version.",
             )

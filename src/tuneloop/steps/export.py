@@ -139,7 +139,7 @@ def _worst(expected: list[torch.Tensor], seen: list[torch.Tensor], tolerance: fl
         raise ExportMismatch(
             f"The {what} weights do not answer as the trained ones do: their logits differ by {share:.2e} of "
             f"the largest ({difference:.3g} of {scale:.3g}); the limit is {tolerance:.0e}.",
-            next_move="Nothing was exported. Report it with the job's log; the limit is export.logits_tolerance.",
+            next_move="Nothing goes on. Report it with the job's log; the limit is export.logits_tolerance.",
             details={"difference": difference, "scale": scale, "share": share, "tolerance": tolerance},
         )
     return share

@@ -90,7 +90,7 @@ def plan_splits(rows: Mapping[str, int]) -> dict[str, Share]:
         carving = f", too few to carve {' and '.join(missing)} out of it" if missing else ""
         raise DataError(
             f"the training file has {rows['train']} rows{carving}.",
-            next_move=f"Give it at least {len(missing) + 1}, or name files for the other splits in the recipe.",
+            next_move=f"Give it at least {len(missing) + 1}, or name files for the other splits.",
         )
     shares = {name: Share(name, 0, count) for name, count in rows.items()}
     shares["train"] = Share("train", 0, kept)

@@ -82,7 +82,8 @@ def _learned_per_row(learn: pa.ListArray) -> np.ndarray:
     is_filled = offsets[1:] > offsets[:-1]
     first = np.zeros(len(learn), dtype=np.int64)
     first[is_filled] = marks[offsets[:-1][is_filled]]
-    return sums[offsets[1:]] - sums[offsets[:-1]] - first
+    learned: np.ndarray = sums[offsets[1:]] - sums[offsets[:-1]] - first
+    return learned
 
 
 def _some(rows: Sequence[int], limit: int = 20) -> str:

@@ -29,7 +29,7 @@ from tuneloop.core.errors import DataError, Diverged
 from tuneloop.core.recipe import FinetuneParameters
 from tuneloop.training import checkpoint, optimizer
 from tuneloop.training.data import Batch, Conversations, Course, in_order
-from tuneloop.training.loss import check_forward, packing_of, summed_loss
+from tuneloop.training.loss import check_forward, packing_of, summed_loss, vocabulary_size
 from tuneloop.training.plan import Machine, Plan, plan
 from tuneloop.training.schedule import learning_rate
 from tuneloop.training.tally import Tally
@@ -195,7 +195,7 @@ class _Run:
         for batch in batches:
             with self._precision():
                 loss = summed_loss(self._model, batch.to(self._plan.device)) / learned
-            loss.backward()
+            torch.autograd.backward(loss)
             losses.append(loss.detach())
         values = torch.stack(losses).tolist()
         norm = self._clip()
@@ -470,7 +470,7 @@ def _split(folder: Path, name: str, model: nn.Module) -> Conversations:
     if not path.is_file():
         raise DataError(f"{folder.name} holds no {path.name}. Run the preprocess step again.")
     split = Conversations(path)
-    split.check(int(model.config.get_text_config().vocab_size))
+    split.check(vocabulary_size(model))
     return split
 
 

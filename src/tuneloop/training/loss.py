@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,15 +57,17 @@ def summed_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 def _logits(
     model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor
 ) -> torch.Tensor:
-    output = model(
+    output: Any = model(
         input_ids=input_ids, position_ids=position_ids, logits_to_keep=keep, use_cache=False, return_dict=True
     )
-    return output.logits[0]
+    logits: torch.Tensor = output.logits[0]
+    return logits
 
 
 def check_forward(model: nn.Module) -> None:
     """Raise `Unsupported` unless the model can be asked for the logits of chosen positions."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapted: Any = model
+    base = adapted.get_base_model() if hasattr(adapted, "get_base_model") else model
     missing = {"position_ids", "logits_to_keep"} - set(inspect.signature(base.forward).parameters)
     if missing:
         raise Unsupported(
@@ -72,6 +75,11 @@ def check_forward(model: nn.Module) -> None:
             f"{' and no '.join(sorted(missing))}. Supported are decoder-only models of transformers that "
             "have both, such as Llama, Phi-3 and Qwen2."
         )
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)
 
 
 @torch.no_grad()
@@ -87,7 +95,7 @@ def isolates(model: nn.Module) -> bool:
 
 def _changes_little(model: nn.Module) -> bool:
     device = next(model.parameters()).device
-    size = int(model.config.get_text_config().vocab_size)
+    size = vocabulary_size(model)
     second = torch.arange(11, 19, device=device)[None] % size
     keep = torch.arange(second.shape[1], device=device)
     alone = _logits(model, second, keep[None], keep)
@@ -109,9 +117,9 @@ def _after(model: nn.Module, first: torch.Tensor, second: torch.Tensor) -> torch
     return _logits(model, torch.cat([first, second], dim=1), positions[None], keep)
 
 
-def _rotary_limit(config: object) -> int | None:
+def _rotary_limit(config: Any) -> int | None:
     """The length above which the frequencies change: LongRoPE (arXiv:2402.13753) and dynamic NTK scaling."""
-    text = config.get_text_config()  # type: ignore[attr-defined]
+    text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
     if parameters.get("rope_type") not in ("longrope", "dynamic"):
         return None

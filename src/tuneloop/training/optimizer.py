@@ -38,7 +38,10 @@ def build(
         from transformers.optimization import Adafactor
 
         # As transformers' Trainer sets it: the rate comes from outside.
-        return Adafactor(groups, lr=0.0, scale_parameter=False, relative_step=False)
+        adafactor: torch.optim.Optimizer = Adafactor(
+            groups, lr=0.0, scale_parameter=False, relative_step=False
+        )
+        return adafactor
     raise KeyError(name)
 
 

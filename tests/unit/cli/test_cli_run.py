@@ -49,7 +49,7 @@ def test_run_submits_with_overrides_streams_and_sums_up(
     assert sent["folder"] == str(recipe.parent)
     assert "training  120/600 steps  loss 2.31  412 tokens/s  1:10 left" in ran.out
     assert "finetune      succeeded in 2:05" in ran.out
-    assert "base_loss 3.25  tuned_loss 1.5" in ran.out
+    assert "base loss 3.25  tuned loss 1.5" in ran.out
     assert f"tuneloop models register {NAME}:trained_model" in ran.out
 
 

@@ -278,8 +278,10 @@ def test_mlflow_points_to_a_server_that_was_set(
 
 def test_stopping_mlflow_takes_its_children_along(tmp_path: Path) -> None:
     program = (
-        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
-        "print(child.pid, flush=True); time.sleep(600)"
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
     assert parent.stdout is not None

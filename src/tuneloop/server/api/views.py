@@ -58,6 +58,7 @@ def _outputs(parts: Parts, record: JobRecord) -> dict[str, Any]:
 
 def _step(parts: Parts, record: JobRecord, step: StepRecord) -> dict[str, Any]:
     spec = record.job.step(step.step)
+    attempt = parts.jobs.source_attempt(record.key, step.step)
     return {
         "name": step.step,
         "kind": spec.kind,
@@ -65,6 +66,7 @@ def _step(parts: Parts, record: JobRecord, step: StepRecord) -> dict[str, Any]:
         "deterministic": spec.deterministic,
         "depends_on": _depends_on(spec),
         "progress": _last_progress(parts, step),
+        "peak_memory_bytes": attempt.peak_memory_bytes if attempt else None,
         **step.model_dump(
             mode="json", exclude={"version", "created_at", "job", "step", "cache_key", "counted_from"}
         ),
