@@ -265,7 +265,9 @@ def assemble(settings: Settings, lifetime: _Lifetime) -> tuple[Parts, Reconciler
     computes = Computes(store, clock)
     computes.declare_local(
         slots=settings.slots,
-        cores=len(psutil.Process().cpu_affinity() or [0]) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1,
+        cores=len(psutil.Process().cpu_affinity() or [0])
+        if hasattr(psutil.Process, "cpu_affinity")
+        else os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
     )
     catalog, data = Catalog(store, clock), Data(store, files, clock)

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from tuneloop.core.chat import ChatTemplate
@@ -185,7 +186,7 @@ def _adapted(model: PreTrainedModel, config: Any) -> Any:
 def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> Any:
     """A PeftModel of `model` and the adapter in `folder` (PEFT layout). Raises `ModelUnavailable` when the
     adapter does not fit."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
@@ -193,12 +194,27 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:
-        raise ModelUnavailable(
-            f"The adapter in {folder} does not fit the model: {str(error).splitlines()[0]}",
-            next_move="Use the base model that it was trained on.",
-        ) from error
+        raise _misfit(folder, str(error).splitlines()[0]) from error
+    # PEFT drops, in silence, what it finds no place for.
+    written = set(_tensor_names(folder / "adapter_model.safetensors"))
+    placed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if written != placed:
+        raise _misfit(folder, f"it has no place for {sorted(written ^ placed)[0]}")
+    return adapted
+
+
+def _tensor_names(file: Path) -> list[str]:
+    with safe_open(str(file), framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _misfit(folder: Path, reason: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"The adapter in {folder} does not fit the model: {reason}.",
+        next_move="Use the base model that it was trained on.",
+    )
 
 
 def merge(peft_model: Any) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""One chat template: rendering equals transformers', and the learned spans are the answers and nothing else."""
+"""One chat template: rendering equals transformers', and what is learned is the answers and nothing else."""
 
 from __future__ import annotations
 

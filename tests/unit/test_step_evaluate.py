@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -75,7 +76,8 @@ class Case:
         context = step(
             folder / "prep", "preprocess", {"dataset": "dataset_folder"}, {"model": self.base, **files}
         )
-        preprocess.run(context)
+        with contextlib.closing(context):
+            preprocess.run(context)
         self.dataset = context.output("dataset")
 
     def run(self, name: str, inputs: dict[str, Path] | None = None, **parameters) -> StepContext:
@@ -83,8 +85,8 @@ class Case:
         context = step(
             self.folder / name, "evaluate", {"evaluation": "folder"}, given, max_new_tokens=8, **parameters
         )
-        evaluate.run(context)
-        context.close()
+        with contextlib.closing(context):
+            evaluate.run(context)
         return context
 
 

@@ -127,9 +127,7 @@ class SqlStore:
     def get(self, kind: type[R], key: str) -> R:
         found = self.find(kind, key)
         if found is None:
-            raise NotFound(
-                f"There is no {kind.kind} '{key}'.", next_move=did_you_mean(key, self._keys(kind))
-            )
+            raise NotFound(f"There is no {kind.kind} '{key}'.", next_move=did_you_mean(key, self._keys(kind)))
         return found
 
     def list(
@@ -170,9 +168,7 @@ class SqlStore:
     def update(self, record: R) -> R:
         following = record.model_copy(update={"version": record.version + 1})
         with self._connection() as connection:
-            result = connection.execute(
-                sa.update(_records).where(*_is(record)).values(_row(following))
-            )
+            result = connection.execute(sa.update(_records).where(*_is(record)).values(_row(following)))
             if result.rowcount != 1:
                 self._explain_miss(record)
         return following

@@ -99,7 +99,7 @@ class ChatTemplate:
     @property
     def writes_date(self) -> bool:
         """Whether what is rendered depends on the day it is rendered on."""
-        return "strftime_now" in self._compiled_or_refused()[1]
+        return "strftime_now" in self.source
 
     @property
     def end_of_turn(self) -> str:
@@ -136,12 +136,12 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, track: bool) -> str:
         self._compiled_or_refused()
         template = compile_template(self.source, track)
-        # As transformers does it: absent and None are one, and without tools there is an empty list of them.
+        # As transformers does it: a key whose value is None counts as absent.
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             return template.render(
                 messages=given,
-                tools=[],
+                tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,

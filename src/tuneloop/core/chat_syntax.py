@@ -36,7 +36,7 @@ def compile_template(source: str, track: bool) -> jinja2.Template:
 
 @lru_cache(maxsize=32)
 def variables_of(source: str) -> frozenset[str]:
-    """Names that the template takes from outside, globals such as `strftime_now` included."""
+    """Names that the template takes from outside."""
     environment = _environment(False)
     return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
 

@@ -70,7 +70,9 @@ def is_alive(identity: ProcessIdentity) -> bool:
 def _start_time(pid: int) -> float:
     """Seconds after boot on Linux, so that a jump of the wall clock changes nothing; epoch seconds elsewhere."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+        )
     except OSError:
         return psutil.Process(pid).create_time()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -25,15 +25,21 @@ from pathlib import Path
 
 from tuneloop.core.errors import UsageError
 
-PASSED_ON = ("CUDA_VISIBLE_DEVICES", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+PASSED_ON = (
+    "CUDA_VISIBLE_DEVICES",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+)
 """Variables of the submitter that reach a step, besides HF_*."""
 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """The part of `environment` that a submission carries to its steps."""
-    return {
-        name: value for name, value in environment.items() if name in PASSED_ON or name.startswith("HF_")
-    }
+    return {name: value for name, value in environment.items() if name in PASSED_ON or name.startswith("HF_")}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from tuneloop.core.states import (
     AttemptState,
@@ -607,6 +607,14 @@ class MetricLine(Noun):
     at_ms: int
     step: int
     values: dict[str, float]
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _null_is_nan(cls, values: Any) -> Any:
+        """JSON has no word for NaN; pydantic writes null."""
+        if not isinstance(values, dict):
+            return values
+        return {name: float("nan") if value is None else value for name, value in values.items()}
 
 
 class ReplicaFile(Noun):

@@ -139,8 +139,8 @@ class TransformersEngine:
             raise UsageError("The prompt is empty.")
         if request.max_new_tokens < 1:
             raise UsageError(
-                f"{len(request.prompt_ids)} prompt tokens leave no room for a reply in the model's context of "
-                f"{self.context_length}."
+                f"{len(request.prompt_ids)} prompt tokens leave no room for a reply in the model's context "
+                f"of {self.context_length}."
             )
         wanted = len(request.prompt_ids) + request.max_new_tokens
         if wanted > self.context_length:

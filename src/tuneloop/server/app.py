@@ -60,5 +60,7 @@ async def _http(_request: Request, error: Exception) -> JSONResponse:
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return _response(
-        Internal(f"{type(error).__name__}: {error}", next_move="The traceback is in logs/server.log of the home.")
+        Internal(
+            f"{type(error).__name__}: {error}", next_move="The traceback is in logs/server.log of the home."
+        )
     )

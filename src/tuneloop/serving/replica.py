@@ -256,6 +256,7 @@ def load(file: ReplicaFile) -> Engine | ErrorInfo:
     try:
         engine = engines.open(Path(file.model_path))
         if file.template_digest not in (None, engine.template.digest):
+            engine.close()
             return ErrorInfo(
                 code="template_mismatch",
                 message=(

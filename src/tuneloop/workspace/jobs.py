@@ -240,4 +240,6 @@ def _check_graph(job: Job) -> None:
         made[step.name] = step.outputs
     for name, mapped in job.outputs.items():
         if mapped.output not in made.get(mapped.step, ()):
-            raise NotFound(f"Output '{name}' is mapped from '{mapped.step}.{mapped.output}', which is not made.")
+            raise NotFound(
+                f"Output '{name}' is mapped from '{mapped.step}.{mapped.output}', which is not made."
+            )

@@ -21,7 +21,9 @@ from tuneloop.server.parts import Parts
 
 
 def job_summary(record: JobRecord) -> dict[str, Any]:
-    shown = record.model_dump(mode="json", include={"state", "created_at", "started_at", "finished_at", "error"})
+    shown = record.model_dump(
+        mode="json", include={"state", "created_at", "started_at", "finished_at", "error"}
+    )
     return {
         "name": record.key,
         "display_name": record.job.display_name,
@@ -36,7 +38,8 @@ def job(parts: Parts, name: str) -> dict[str, Any]:
     return {
         **job_summary(record),
         **record.job.model_dump(
-            mode="json", include={"parameters", "origins", "datasets", "tags", "warnings", "recipe", "recipe_digest"}
+            mode="json",
+            include={"parameters", "origins", "datasets", "tags", "warnings", "recipe", "recipe_digest"},
         ),
         "outputs": _outputs(parts, record),
         "steps": [_step(parts, record, step) for step in parts.jobs.steps(name)],

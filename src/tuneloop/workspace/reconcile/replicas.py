@@ -213,9 +213,7 @@ class Serving:
         ready = read_ready(folder)
         if ready is not None:
             self._note(replica.endpoint, "replica ready", replica=replica.key)
-            return self._move_replica(
-                replica, ReplicaState.READY, address=ready.address, process=identity
-            )
+            return self._move_replica(replica, ReplicaState.READY, address=ready.address, process=identity)
         if replica.state is ReplicaState.CLAIMED:
             return self._move_replica(replica, ReplicaState.STARTING, process=identity)
         return replica
@@ -302,9 +300,7 @@ class Serving:
         self._note(deployment.endpoint, "deployment", deployment=deployment.name, state=str(state))
         return self._store.update(deployment.model_copy(update={"state": state}))
 
-    def _move_replica(
-        self, replica: ReplicaRecord, state: ReplicaState, **changes: object
-    ) -> ReplicaRecord:
+    def _move_replica(self, replica: ReplicaRecord, state: ReplicaState, **changes: object) -> ReplicaRecord:
         check_move(REPLICA_MOVES, f"Replica {replica.key}", replica.state, state)
         return self._store.update(replica.model_copy(update={"state": state, **changes}))
 

@@ -126,7 +126,9 @@ class Pipelines:
 
     def _cancel(self, record: JobRecord, steps: dict[str, StepRecord]) -> None:
         for name, step in steps.items():
-            if step.state is StepState.PENDING or (step.state is StepState.RUNNING and self._attempt_has_stopped(step)):
+            if step.state is StepState.PENDING or (
+                step.state is StepState.RUNNING and self._attempt_has_stopped(step)
+            ):
                 steps[name] = self._end_step(step, StepState.CANCELED, "the job was cancelled")
         if all(step.state in STEP_ENDED for step in steps.values()):
             self._move_job(record, JobState.CANCELED)
@@ -419,9 +421,7 @@ class Pipelines:
             self._note(record.key, "state", state=str(state))
 
     def _note(self, job: str, what: str, **data: str | int) -> None:
-        self._store.append(
-            Event(at=self._clock.now(), subject=f"job/{job}", what=what, data=dict(data))
-        )
+        self._store.append(Event(at=self._clock.now(), subject=f"job/{job}", what=what, data=dict(data)))
 
 
 _ENDED = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELED})

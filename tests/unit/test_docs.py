@@ -1,0 +1,340 @@
+"""The documentation is true to the code: generated pages are fresh, nothing is without words, and what a page
+names (files, tests, commands, links, recipes, requests) exists."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import click
+import pytest
+import yaml
+
+from tuneloop.cli.root import root as command_line
+from tuneloop.core import errors, recipe
+from tuneloop.core.chat import check_messages
+from tuneloop.core.settings import Settings
+from tuneloop.serving.protocol import read_score
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "tuneloop"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "changelog.d").glob("*.md")])
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------- generated pages
+
+
+def test_the_generated_pages_say_what_the_code_says(generate: ModuleType) -> None:
+    assert [name_of(path) for path in generate.stale()] == [], "run: python docs/generate.py"
+
+
+def test_every_error_has_words_and_no_words_are_left_over(generate: ModuleType) -> None:
+    assert set(generate.WORDS["errors"]) == {error.code for error in errors.all_errors()}
+
+
+def test_every_code_that_is_no_exception_has_words(generate: ModuleType) -> None:
+    coded = {code for path in MODULES for code in re.findall(r'\bcode="(\w+)"', path.read_text("utf-8"))}
+    assert set(generate.WORDS["ended"]) == coded - set(generate.WORDS["errors"])
+
+
+def test_every_setting_is_described(generate: ModuleType) -> None:
+    assert set(generate._docs_of_fields(Settings)) == set(Settings.__dataclass_fields__)
+
+
+def test_every_variable_that_the_code_reads_is_in_the_settings_page(generate: ModuleType) -> None:
+    text = "\n".join(path.read_text("utf-8") for path in MODULES)
+    read = set(re.findall(r"\bTUNELOOP_[A-Z_]+\b", text))
+    known = {f"TUNELOOP_{name.upper()}" for name in Settings.__dataclass_fields__}
+    assert read <= known | set(generate.WORDS["variables"])
+
+
+def test_every_key_of_a_recipe_is_described(generate: ModuleType) -> None:
+    described = generate.WORDS["recipe_fields"]
+    assert set(generate.WORDS["recipe"]) == set(generate.Recipe.model_fields)
+    without = [
+        f"{section}.{name}"
+        for section, model in generate.SECTIONS.items()
+        for name, field in model.model_fields.items()
+        if not (field.description or described.get(f"{section}.{name}"))
+    ]
+    assert without == []
+
+
+def test_every_route_has_words_and_no_words_are_left_over(generate: ModuleType) -> None:
+    assert set(generate.WORDS["routes"]) == {name for name, _ in generate.operations()}
+
+
+def test_every_error_of_the_data_plane_is_in_the_endpoint_page() -> None:
+    page = (ROOT / "docs" / "reference" / "endpoint-api.md").read_text("utf-8")
+    coded = {
+        code
+        for path in sorted((SOURCE / "serving").glob("*.py"))
+        for code in re.findall(r'Refused\(\s*[\w.]+,\s*"(\w+)"', path.read_text("utf-8"))
+    }
+    assert len(coded) > 15
+    assert sorted(code for code in coded if f"`{code}`" not in page) == []
+
+
+# ---------------------------------------------------------------- links, files, tests
+
+
+def anchors(path: Path) -> set[str]:
+    """As GitHub and mkdocs make them of headings (those that our pages use are the same in both)."""
+    found = set()
+    for line in without_blocks(path.read_text("utf-8")).splitlines():
+        if line.startswith("#"):
+            heading = re.sub(r"[`*]", "", line.lstrip("#")).strip().lower()
+            found.add(re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading)))
+    return found
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page.read_text("utf-8"))):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        is_broken = not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path))
+        if is_broken or not path.is_relative_to(ROOT):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "docs" in page.parts], ids=name_of)
+def test_pages_of_the_site_link_only_inside_it(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", without_blocks(page.read_text("utf-8")))
+    paths = [(page.parent / target.partition("#")[0]).resolve() for target in targets if "://" not in target]
+    assert [path for path in paths if not path.is_relative_to(ROOT / "docs")] == []
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text("utf-8")
+    listed = set(re.findall(r"([\w./-]+\.md)", text.partition("\nnav:")[2]))
+    there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert listed == there
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text("utf-8"))
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not (ROOT / file).is_file() or f"def {test}(" not in (ROOT / file).read_text("utf-8")
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"`([a-z_.]+(?:/[\w.-]+)+/?)`", without_blocks(page.read_text("utf-8")))
+    places = (ROOT, SOURCE, ROOT / "src", ROOT / "docs")
+    ours = [name for name in named if name.split("/")[0] in OUR_FOLDERS]
+    assert [name for name in ours if not any((place / name).exists() for place in places)] == []
+
+
+OUR_FOLDERS = {
+    *(path.name for path in SOURCE.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))),
+    *("src", "tests", "docs", "changelog.d", "benchmarks", ".ci"),
+} - {"mlflow", "jobs", "cache", "logs"}
+"""The last ones are folders of a home."""
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "mechanisms").glob("[0-9]*.md")), ids=name_of)
+def test_a_mechanism_says_what_it_promises_how_where_and_which_tests_show_it(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for part in ("**Promise.**", "**How.**", "**Files.**", "**Shown by**"):
+        assert part in text
+    assert "`tests/" in text.partition("**Shown by**")[2]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md")), ids=name_of)
+def test_a_decision_says_why_what_was_rejected_and_how_it_would_be_seen_to_be_wrong(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for part in ("**Context.**", "**Decision.**", "**Rejected.**", "**Easier.**", "**Harder.**"):
+        assert part in text
+    assert "**We would notice that it was wrong**" in text
+
+
+# ---------------------------------------------------------------- commands
+
+
+class Written(NamedTuple):
+    """A command line as somebody wrote it; `is_whole` when it is meant to be typed as it stands."""
+
+    where: str
+    text: str
+    is_whole: bool
+
+
+COMMAND = re.compile(r"(?<![\w./-])tuneloop ((?:[a-z]+(?![\w]))(?:[^\n`|&;)(]|\$\(|'\([^)]*\)')*)")
+
+
+WORD = re.compile(r"""\$\([^)]*\)|"[^"]*"|'[^']*'|[^\s"']+(?:"[^"]*")?""")
+
+
+def blocks(text: str, *languages: str) -> Iterator[str]:
+    for language, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+        if language in languages:
+            yield body
+
+
+def in_pages() -> Iterator[Written]:
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for block in blocks(text, "sh", ""):
+            joined = block.replace("\\\n", " ")
+            yield from (Written(name_of(page), found, True) for found in COMMAND.findall(joined))
+        for code in re.findall(r"`([^`\n]+)`", without_blocks(text)):
+            yield from (Written(name_of(page), found, False) for found in COMMAND.findall(code))
+
+
+def in_messages() -> Iterator[Written]:
+    """In strings of the code, which people are told to type. A value that is put in counts as one word."""
+    for path in MODULES:
+        for text in strings(ast.parse(path.read_text("utf-8"))):
+            yield from (Written(name_of(path), found, False) for found in COMMAND.findall(text))
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    inner = {
+        id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(
+                part.value if isinstance(part, ast.Constant) else program_or_word(part)
+                for part in node.values
+                if isinstance(part, ast.Constant | ast.FormattedValue)
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
+            yield node.value
+
+
+def program_or_word(part: ast.FormattedValue) -> str:
+    return "tuneloop" if ast.unparse(part.value).endswith("program()") else "WORD"
+
+
+def mistake_of(written: Written) -> str | None:
+    """Why this is no command of ours, or None."""
+    text = re.split(r"\s+[>#\\]|\s{2,}|[.,:] ", f"{written.text} ")[0].strip()
+    words = [word.strip("'\"") for word in WORD.findall(re.sub(r"(?<=\w)[.,:]+$", "", text))]
+    command: click.Command = command_line
+    context = click.Context(command, info_name="tuneloop")
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        inner = command.get_command(context, words[0])
+        if inner is None:
+            return f"no command {words[0]!r}"
+        context = click.Context(inner, parent=context, info_name=words.pop(0))
+        command = inner
+    if isinstance(command, click.Group):
+        return None
+    return _wrong_words(command, context, words, written.is_whole)
+
+
+def _wrong_words(
+    command: click.Command, context: click.Context, words: list[str], is_whole: bool
+) -> str | None:
+    options = {name for one in command.params if isinstance(one, click.Option) for name in one.opts}
+    unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in options]
+    if unknown:
+        return f"no option {unknown[0]}"
+    try:
+        given, left, _ = command.make_parser(context).parse_args(list(words))
+    except click.UsageError as mistake:
+        return mistake.format_message() if is_whole else None
+    if left and not {"(", "[OPTIONS]"} & set(left) and (is_whole or all(word.isupper() for word in left)):
+        return f"too many words: {left}"
+    missing = [one.name for one in command.params if one.required and given.get(str(one.name)) is None]
+    return f"without {missing}" if missing and is_whole else None
+
+
+def test_the_commands_on_the_pages_exist() -> None:
+    written = list(in_pages())
+    assert len(written) > 80
+    assert [
+        f"{one.where}: tuneloop {one.text}: {why}" for one in written if (why := mistake_of(one)) is not None
+    ] == []
+
+
+def test_the_commands_that_messages_tell_people_to_type_exist() -> None:
+    written = list(in_messages())
+    assert len(written) > 50
+    assert [
+        f"{one.where}: tuneloop {one.text}: {why}" for one in written if (why := mistake_of(one)) is not None
+    ] == []
+
+
+def test_the_make_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE))
+    named = [
+        (name_of(page), target)
+        for page in PAGES
+        for code in [
+            *re.findall(r"`([^`\n]+)`", page.read_text("utf-8")),
+            *blocks(page.read_text("utf-8"), "sh", ""),
+        ]
+        for target in re.findall(r"^make ([a-z-]+)", code, flags=re.MULTILINE)
+    ]
+    named += [
+        (name_of(path), target)
+        for path in MODULES
+        for target in re.findall(r"(?:: |`)make ([a-z-]+)", path.read_text("utf-8"))
+    ]
+    assert [(where, target) for where, target in named if target not in targets] == []
+
+
+def test_the_readme_begins_with_its_two_commands() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    found = re.findall(r"^```\w*\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert found[:2] == ["make demo\n", "make test\n"]
+
+
+# ---------------------------------------------------------------- recipes and requests
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_recipes_and_rows_and_requests_on_a_page_are_good_ones(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for block in blocks(text, "yaml"):
+        if "model" in (yaml.safe_load(block) or {}):
+            recipe.parse(block, path=name_of(page))
+    for block in blocks(text, "json"):
+        value = json.loads(block)
+        if "messages" in value:
+            assert check_messages(value) == []
+        if "input_data" in value:
+            assert read_score(value).conversations
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_on_a_page_is_python(page: Path) -> None:
+    for block in blocks(page.read_text("utf-8"), "python"):
+        ast.parse(block)
