@@ -105,7 +105,7 @@ def _health(url: str) -> dict[str, Any] | None:
 def _spawn(settings: Settings, log_path: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "TUNELOOP_HOME": str(settings.home), "PYTHONUNBUFFERED": "1"}
     with open(log_path, "ab") as output:
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-P", "-m", "tuneloop.daemon"],
             cwd=settings.home,
             env=environment,
@@ -114,6 +114,12 @@ def _spawn(settings: Settings, log_path: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    # Kept, so that Python does not warn of a child that is meant to outlive us.
+    _started.append(child)
+    return child
+
+
+_started: list[subprocess.Popen[bytes]] = []
 
 
 def _did_not_start(log_path: Path, begin: int) -> ServerUnreachable:

@@ -21,6 +21,7 @@ from tuneloop.core import errors, recipe
 from tuneloop.core.chat import check_messages
 from tuneloop.core.settings import Settings
 from tuneloop.serving.protocol import read_score
+from tuneloop.workspace.data import check_chat_file
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "tuneloop"
@@ -94,6 +95,25 @@ def test_every_error_of_the_data_plane_is_in_the_endpoint_page() -> None:
     }
     assert len(coded) > 15
     assert sorted(code for code in coded if f"`{code}`" not in page) == []
+
+
+def test_every_rule_for_a_row_is_on_the_page_about_data() -> None:
+    page = (ROOT / "docs" / "howto" / "own-data.md").read_text("utf-8")
+    places = ("core/chat.py", "workspace/data.py", "steps/preprocess.py")
+    text = "\n".join((SOURCE / place).read_text("utf-8") for place in places)
+    rules = set(re.findall(r'(?:Finding|_problem)\("(\w+)"', text)) - {"utf8"}
+    assert len(rules) > 10
+    assert sorted(rule for rule in rules if f"`{rule}`" not in page) == []
+
+
+def test_the_error_that_the_page_about_data_shows_is_the_one_that_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "support_train.jsonl"
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    file.write_text(f"{json.dumps(good)}\n" + '{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(errors.DataError) as raised:
+        check_chat_file(file, file.name)
+    page = (ROOT / "docs" / "howto" / "own-data.md").read_text("utf-8")
+    assert f"error: {raised.value.message}\n" in page
 
 
 # ---------------------------------------------------------------- links, files, tests

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.models import tiny_model
-from tests.unit.test_router import AUTH, KEY, RouterProcess, until
+from tests.serving import AUTH, HTTP, KEY, RouterProcess, until
 from tuneloop import engines, lm
 from tuneloop.core.types import ErrorInfo, ReadyFile, ReplicaFile, RouteReplica
 from tuneloop.engines import GenerationRequest
@@ -24,7 +24,6 @@ from tuneloop.serving.replica import main
 
 TOKEN = {"x-tuneloop-replica": "replica-token"}
 HELLO = [{"role": "user", "content": "Hello there"}]
-HTTP = httpx.Client(trust_env=False, timeout=30)
 
 
 class ReplicaProcess:

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from tuneloop.core.states import JOB_ENDED, DeploymentState, EndpointState, JobS
 
 if TYPE_CHECKING:
     from tuneloop.cli.session import Session
-    from tuneloop.client import Submission
+    from tuneloop.client import EndpointClient, Submission
     from tuneloop.client.views import DeploymentView, JobView
     from tuneloop.core.types import ModelRecord
 
@@ -31,7 +32,7 @@ MODEL = "tuneloop-guide"
 ENDPOINT = "demo"
 TUNED, BASE = "tuned", "base"
 LIVE_QUESTIONS = 3
-REPLY_TOKENS = 48
+REPLY_TOKENS = 40
 WARM_UP_SECONDS = 30.0
 """The router reads new routes within moments; this bounds the wait for it."""
 
@@ -71,10 +72,7 @@ def demo_(as_json: bool) -> int:
     job_name = ""
     tell = output.note if as_json else output.say
     try:
-        began = time.monotonic()
-        demo = Demo(session.connect(), tell)
-        demo.seconds["start the server"] = time.monotonic() - began
-        tell(f"Server at {demo.connection.client.url}, workspace {demo.connection.settings.home}")
+        demo = _begin(tell)
         submission = run.submission_of(RECIPE, {})
         job = unfinished(demo.connection, submission) or demo.connection.client.submit(submission)
         job_name = job["name"]
@@ -86,6 +84,16 @@ def demo_(as_json: bool) -> int:
     except KeyboardInterrupt:
         _tell_interrupted(job_name)
         return streaming.DETACHED
+
+
+def _begin(tell: Callable[[str], None]) -> Demo:
+    """The first act: a server to talk to."""
+    began = time.monotonic()
+    tell("1. start the server")
+    demo = Demo(session.connect(), tell)
+    tell(f"  {demo.connection.client.url}, workspace {demo.connection.settings.home}")
+    demo.seconds["start the server"] = time.monotonic() - began
+    return demo
 
 
 def _go_on(demo: Demo, job: JobView, as_json: bool) -> int:
@@ -266,17 +274,20 @@ def live_questions(evaluation: dict[str, Any]) -> list[str]:
 
 
 def ask_both(connection: Session, evaluation: dict[str, Any]) -> list[dict[str, str]]:
-    """The same questions to both deployments, at temperature 0."""
+    """The same questions to both deployments, side by side, at temperature 0."""
     callers = {name: session.endpoint_client(connection, ENDPOINT, name) for name in (BASE, TUNED)}
     replies = []
-    for question in live_questions(evaluation):
-        said = {"question": question}
-        for name, caller in callers.items():
-            messages = [{"role": "user", "content": question}]
-            completion = caller.complete(messages, max_tokens=REPLY_TOKENS, temperature=0)
-            said[name] = str(completion["choices"][0]["message"]["content"])
-        replies.append(said)
+    with ThreadPoolExecutor(len(callers)) as pool:
+        for question in live_questions(evaluation):
+            asked = {name: pool.submit(_reply, caller, question) for name, caller in callers.items()}
+            replies.append({"question": question} | {name: reply.result() for name, reply in asked.items()})
     return replies
+
+
+def _reply(caller: EndpointClient, question: str) -> str:
+    messages = [{"role": "user", "content": question}]
+    completion = caller.complete(messages, max_tokens=REPLY_TOKENS, temperature=0)
+    return str(completion["choices"][0]["message"]["content"])
 
 
 def _tell_interrupted(job: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,8 @@ def tell_summary(summary: Mapping[str, Any]) -> None:
     model, endpoint = summary["model"], summary["endpoint"]
     output.say(f"  model: {model['name']}:{model['version']} in {model['path']}")
     output.say(f"  endpoint: {endpoint['openai_base_url']} (OpenAI), {endpoint['scoring_uri']} (Azure)")
-    output.say("\nGo on")
+    home = os.environ.get("TUNELOOP_HOME")
+    output.say(f"\nGo on (in a shell with TUNELOOP_HOME={shlex.quote(home)})" if home else "\nGo on")
     for title, command in summary["next"].items():
         output.say(f"  {title}:\n    {command}")
 

@@ -33,7 +33,7 @@ class EndpointClient:
         if scoring_uri is None or openai_base_url is None:
             raise Unavailable(
                 f"Endpoint {self.name!r} has no address yet: the router is starting.",
-                next_move="Wait a moment; look with: tuneloop status",
+                next_move="Wait a moment; if it stays so, tuneloop status says why.",
             )
         self.scoring_uri = scoring_uri
         self.openai_base_url = openai_base_url.rstrip("/")
