@@ -95,7 +95,9 @@ def ensure(settings: Settings) -> Server:
 
 def _health(url: str) -> dict[str, Any] | None:
     try:
-        with urllib.request.urlopen(f"{url}/api/health", timeout=2) as answer:  # noqa: S310 - loopback http
+        # A proxy of the environment is not asked for the way to our own machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{url}/api/health", timeout=2) as answer:
             read: dict[str, Any] = json.load(answer)
             return read
     except (OSError, urllib.error.URLError, json.JSONDecodeError):
@@ -379,19 +381,20 @@ def track(folder: Path) -> None:
     store = SqlStore.open(settings.database)
     server = open_server(settings.tracking_uri, settings.home / "mlflow" / "artifacts")
     tracker = Tracker(store, LocalFiles(settings.home), server, SystemClock())
-    told = ""
+    told: tuple[str, ...] = ()
+    lag_bytes = 0
     while True:
         is_last = stop.is_set()
         try:
             report = tracker.tick()
-            problems = "; ".join(report.problems)
+            problems, lag_bytes = tuple(report.problems), report.lag_bytes
         except Exception as broken:
             log.exception("a round failed; the next one tries again")
-            problems = str(broken)
+            problems = (str(broken),)
         if problems != told:
-            log.warning("%s", problems or "MLflow answers again")
+            log.warning("%s", "; ".join(problems) or "MLflow answers again")
             told = problems
-        state = {"at": datetime.now(UTC).isoformat(), "problems": problems}
+        state = {"at": datetime.now(UTC).isoformat(), "lag_bytes": lag_bytes, "problems": problems}
         write_atomically(folder / "state.json", json.dumps(state))
         if is_last:
             return

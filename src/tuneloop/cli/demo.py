@@ -80,6 +80,7 @@ def demo_(as_json: bool) -> int:
             job = _watch(demo, job, as_json)
         if job["state"] != JobState.COMPLETED:
             return streaming.finish(demo.connection, job, as_json=as_json)
+        job_name = ""
         return _go_on(demo, job, as_json)
     except KeyboardInterrupt:
         _tell_interrupted(job_name)

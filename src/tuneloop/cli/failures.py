@@ -30,14 +30,23 @@ def show(error: TuneloopError, as_json: bool = False) -> None:
 def describe(message: str, next_move: str | None, details: Any) -> list[str]:
     """The lines that tell an error to a person; `details` that the message says already are left out."""
     lines = [f"error: {message}"]
-    mistakes = [text for text in map(_mistake, details if isinstance(details, list) else []) if text]
-    unsaid = [text for text in mistakes if text not in message]
+    given = details if isinstance(details, list) else []
+    told = [_mistake(detail) for detail in given if not _is_said(detail, message)]
+    unsaid = [text for text in told if text]
     lines += [f"  {text}" for text in unsaid[:MOST_DETAILS]]
     if len(unsaid) > MOST_DETAILS:
         lines.append(f"  and {len(unsaid) - MOST_DETAILS} more")
     if next_move:
         lines.append(f"  next: {next_move}")
     return lines
+
+
+def _is_said(detail: Any, message: str) -> bool:
+    """Whether the message holds a recipe's mistake with its line."""
+    if not isinstance(detail, Mapping) or "message" not in detail:
+        return False
+    line = detail.get("line")
+    return str(detail["message"]) in message and (not line or f"line {line}" in message)
 
 
 def _mistake(detail: Any) -> str | None:
@@ -49,7 +58,7 @@ def _mistake(detail: Any) -> str | None:
     if "message" not in detail:
         return None
     place = f"line {detail['line']}: " if detail.get("line") else ""
-    name = f"{detail['field']}: " if detail.get("field") else ""
+    name = f"{detail['field']} " if detail.get("field") else ""
     return f"{place}{name}{detail['message']}"
 
 
@@ -59,7 +68,7 @@ def _finding(detail: Mapping[str, Any]) -> str:
     text += f"{detail['field']}: " if detail.get("field") else ""
     text += str(detail["rule"])
     if detail.get("value") is not None:
-        text += f", found {_short(detail['value'])}"
+        text += f", found {_short(detail['value']).removeprefix('found ')}"
     return f"{text}. {detail['fix']}" if detail.get("fix") else text
 
 

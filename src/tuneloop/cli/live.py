@@ -231,7 +231,7 @@ class TerminalView(AbstractContextManager["TerminalView"]):
             again = f"attempt {step['attempts']}: " if step["attempts"] > 1 else ""
             return again + (output.clean(stage_text(line, percent=True)) if line else "starting")
         if step["state"] == "reused":
-            return state_text(step)
+            return f"from {step['reused_from']}" if step["reused_from"] else ""
         if step["state"] == "succeeded":
             line = self._progress.get(step["name"])
             return output.clean(stage_text({"values": line.get("values") or {}})) if line else ""

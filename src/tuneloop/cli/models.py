@@ -154,7 +154,7 @@ def delete_(name: str, as_json: bool) -> None:
     if as_json:
         output.print_json({"deleted": f"{chosen}:{version}"})
     else:
-        output.say(f"Deleted {chosen}:{version}.")
+        output.say(f"Deleted {chosen}:{version}; MLflow follows in the background.")
 
 
 def _tell(model: ModelRecord) -> None:

@@ -194,6 +194,9 @@ def _replica_ports(connection: Session | None) -> dict[str, tuple[int | None, st
 
 
 def _tell_work(connection: Session, status: dict[str, Any]) -> None:
+    for service in status["services"]:
+        if service.get("error"):
+            output.say(f"{service['name']}: {output.clean(service['error']['message'])}")
     counts = "  ".join(f"{state} {count}" for state, count in status["jobs"].items())
     output.say()
     output.say(f"jobs: {counts or 'none yet'}")

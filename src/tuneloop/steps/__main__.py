@@ -66,7 +66,7 @@ def _run(context: StepContext) -> ResultFile:
         status, error = "failed", ErrorInfo.model_validate(mistake.to_json())
         print(f"error: {mistake}", file=sys.stderr, flush=True)
     except BaseException as defect:
-        status, error = "failed", _describe(defect)
+        status, error = "failed", _describe(defect, context.step.attempt)
         traceback.print_exc()
     return ResultFile(
         attempt_id=context.step.attempt_id,
@@ -108,7 +108,8 @@ def _check_disk_order(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _describe(defect: BaseException) -> ErrorInfo:
+def _describe(defect: BaseException, attempt: str) -> ErrorInfo:
+    job, step, _ = attempt.split("/")
     lines = traceback.format_exception(defect)
     if isinstance(defect, MemoryError):
         return ErrorInfo(
@@ -120,12 +121,12 @@ def _describe(defect: BaseException) -> ErrorInfo:
         return ErrorInfo(
             code="disk_full",
             message=f"No space left on the disk while writing {defect.filename or 'a file'}.",
-            next="Free some space, then: tuneloop jobs retry JOB",
+            next=f"Free some space, then: tuneloop jobs retry {job}",
         )
     return ErrorInfo(
         code=Internal.code,
         message=f"{type(defect).__name__}: {defect}",
-        next="The whole traceback is in the step's log: tuneloop jobs logs JOB --step STEP",
+        next=f"The whole traceback is in the step's log: tuneloop jobs logs {job} --step {step}",
         details={"traceback": "".join(lines)[-4000:]},
     )
 

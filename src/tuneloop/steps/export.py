@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import uuid
 from importlib import metadata
 from pathlib import Path
@@ -163,6 +164,8 @@ def _about(context: StepContext, base: Path, template: ChatTemplate, mode: str) 
 
 def _save(model: Any, tokenizer: Any, target: Path, about: dict[str, Any]) -> None:
     """Write the MLflow model folder. Raises whatever MLflow raises."""
+    # Read once, when MLflow is imported; a step speaks to nobody.
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     # Imported here: it takes seconds, and what was checked above should fail before them.
     import mlflow.models
     import mlflow.transformers

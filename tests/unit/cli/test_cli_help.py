@@ -154,7 +154,7 @@ def test_all_mistakes_of_a_recipe_are_listed_with_their_lines() -> None:
     error = RecipeError("r.yaml has 2 mistakes.", details=details)
     assert failures.describe(error.message, None, error.details) == [
         "error: r.yaml has 2 mistakes.",
-        "  line 3: finetune.lora_rr: unknown; did you mean 'lora_r'?",
+        "  line 3: finetune.lora_rr unknown; did you mean 'lora_r'?",
         "  no model",
     ]
 
@@ -176,9 +176,12 @@ def test_a_bad_row_is_told_by_file_line_field_rule_value_and_fix() -> None:
 
 
 def test_what_the_message_says_already_is_not_said_twice() -> None:
-    details = [{"line": 1, "field": "model", "message": "is missing"}]
-    told = failures.describe("r.yaml: line 1: model: is missing", None, details)
-    assert told == ["error: r.yaml: line 1: model: is missing"]
+    details = [
+        {"line": 1, "field": "model", "message": "is missing"},
+        {"line": 7, "field": "x", "message": "is missing"},
+    ]
+    told = failures.describe("r.yaml line 1: model is missing (and 1 more)", None, details)
+    assert told == ["error: r.yaml line 1: model is missing (and 1 more)", "  line 7: x is missing"]
 
 
 def test_a_long_list_of_mistakes_is_counted() -> None:

@@ -145,7 +145,7 @@ def test_mistakes_of_a_recipe_are_told_before_anything_runs(
     )
     ran = tuneloop_command("run", str(recipe))
     assert ran.code == 2
-    assert "line 1: modl: did you mean 'model'?" in ran.err
+    assert "line 1: modl did you mean 'model'?" in ran.err
 
 
 def test_a_bare_name_is_a_shipped_recipe(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +22,6 @@ from tuneloop.core.types import (
     ModelRecord,
     ReplicaRecord,
     ServiceRecord,
-    TrackingRecord,
     dump,
 )
 from tuneloop.server.parts import Parts
@@ -82,15 +83,12 @@ def _processes(parts: Parts) -> list[dict[str, Any]]:
 
 
 def _lag(parts: Parts) -> dict[str, Any]:
-    """What the tracker has still to carry: bytes of curves, and models not yet in the registry."""
-    carried = {record.subject: record for record in parts.store.list(TrackingRecord)}
-    lag_bytes = 0
-    for attempt in parts.store.list(AttemptRecord):
-        done = carried.get(f"attempt/{attempt.key}")
-        if done is not None and done.is_finished:
-            continue
-        metrics = parts.files.folder(attempt.folder) / "metrics.jsonl"
-        size = metrics.stat().st_size if metrics.exists() else 0
-        lag_bytes += max(0, size - (done.metrics_offset if done else 0))
+    """What the tracker says it has still to carry: bytes of curves; and models not yet in the registry."""
     pending = parts.store.list(ModelRecord, states=[ModelState.PENDING, ModelState.DELETING])
-    return {"lag_bytes": lag_bytes, "models_pending": len(pending)}
+    told: dict[str, Any] = {"lag_bytes": None, "problems": []}
+    tracker = parts.store.find(ServiceRecord, "tracker")
+    if tracker is not None:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            state = json.loads((parts.files.folder(tracker.folder) / "state.json").read_text(encoding="utf-8"))
+            told.update({name: state[name] for name in told})
+    return {**told, "models_pending": len(pending)}

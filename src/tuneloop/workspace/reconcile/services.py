@@ -132,15 +132,18 @@ class Services:
 
     def _ensure(self, record: ServiceRecord) -> None:
         folder = self._folder(record)
-        spec = {
-            "port": record.port or self._router_port,
+        self._files.write_json(folder / f"{record.name}.json", json.dumps(self._spec(record)))
+        self._executor.ensure(self._owner(record), folder, MODULES[record.name], {})
+
+    def _spec(self, record: ServiceRecord) -> dict[str, str | int]:
+        if record.name == "tracker":
+            return {"owner": self._owner(record), "home": str(self._files.folder("."))}
+        return {
             "owner": self._owner(record),
-            "home": str(self._files.folder(".")),
+            "port": record.port or self._router_port,
             "routes": str(self._files.folder(ROUTES) / "routes.json"),
             "demand": str(self._files.folder(ROUTES) / "demand.json"),
         }
-        self._files.write_json(folder / f"{record.name}.json", json.dumps(spec))
-        self._executor.ensure(self._owner(record), folder, MODULES[record.name], {})
 
     def _forget(self, name: ServiceName, starts: int) -> None:
         old = starts - KEPT_FOLDERS
