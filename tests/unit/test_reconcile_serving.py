@@ -18,6 +18,7 @@ from tuneloop.core.types import (
     ModelRecord,
     ReplicaFile,
     ReplicaRecord,
+    RouterFile,
     ServiceRecord,
 )
 from tuneloop.workspace.endpoints import Endpoints
@@ -254,7 +255,7 @@ def test_a_killed_router_comes_back_on_the_port_it_had(world: World) -> None:
     world.tick()
     second = world.files.folder("services/router/2")
     assert second in world.executor.running()
-    assert json.loads(world.files.written[second / "router.json"])["port"] == 8123
+    assert RouterFile.model_validate_json(world.files.written[second / "router.json"]).port == 8123
 
 
 def test_the_tracker_runs_as_soon_as_its_process_does(world: World) -> None:
