@@ -240,6 +240,6 @@ def unusable_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """NaN and infinity show in the extremes, which are found twenty times faster than by `isfinite().all()`."""
+    """NaN and infinity show in the extremes, found twenty times faster than by `isfinite().all()`."""
     least, most = torch.aminmax(tensor.detach())
     return bool(torch.isfinite(least)) and bool(torch.isfinite(most))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -81,7 +81,7 @@ def _environment(track: bool) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}`: the body as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -112,7 +112,7 @@ class _Dict:
 class _Namespace(jinja2.utils.Namespace):
     """jinja's namespace, closed to names that lead to the interpreter's insides."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # so that namespace(self=...) works
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that namespace(self=...) works
         this, given = args[0], args[1:]
         values = dict(*given, **kwargs)
         for name in values:
