@@ -232,8 +232,8 @@ def _support() -> list[str]:
         "",
         *[f"- {sentence}" for sentence in cautioned],
         "",
-        "What depends on the machine (how many GPUs there are, whether 16-bit arithmetic is fast) is told by the "
-        "finetune step in its warnings.",
+        "What depends on the machine (how many GPUs there are, whether 16-bit arithmetic is fast) is told by "
+        "the finetune step in its warnings.",
         "",
     ]
 

@@ -51,8 +51,8 @@ finetune:
 evaluate: {samples: 1, max_new_tokens: 8}
 """
 
-SLOW = {"finetune.num_train_epochs": "400"}
-"""Some 20 seconds of training on the tiny model: long enough to kill things in the middle."""
+SLOW = {"finetune.num_train_epochs": "150"}
+"""Some 10 seconds of training on the tiny model: long enough to kill things in the middle."""
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
@@ -109,6 +109,8 @@ class LoopWorld:
         self.client.shutdown("all")
         self.client.close()
         wait_for(lambda: not daemon._is_locked(self.home), "the server to end")
+        for child in daemon._started:
+            child.poll()
 
     def home_id(self) -> str:
         return str(json.loads((self.home / "home.json").read_text())["id"])

@@ -37,7 +37,7 @@ from tuneloop.steps.evaluation_report import write_report
 from tuneloop.steps.preprocess import Row, read_rows
 from tuneloop.training.data import Conversations
 
-ASKED_AT_ONCE = 10
+ASKED_AT_ONCE = 16
 """Replies between two progress lines."""
 
 
