@@ -110,6 +110,25 @@ def test_what_has_ended_is_not_started_again_in_its_folder(
     assert executor.last_lines(folder) == ["here I am"]
 
 
+def test_a_process_that_dies_before_it_takes_its_folder_has_ended_and_is_not_started_again(
+    executor: LocalExecutor, folder: Path
+) -> None:
+    executor.ensure("owner", folder, "there_is_no_such_module", {})
+    wait_for(lambda: executor.status("owner", folder) == "ended")
+    executor.ensure("owner", folder, "there_is_no_such_module", {})
+    assert executor.status("owner", folder) == "ended"
+    assert "No module named there_is_no_such_module" in executor.last_lines(folder)[-1]
+
+
+def test_ended_children_are_collected_whichever_folder_is_asked_for(
+    executor: LocalExecutor, folder: Path, tmp_path: Path, module: str
+) -> None:
+    executor.ensure("owner", folder, module, {"LIVES": "0"})
+    child = executor._children[folder].pid
+    wait_for(lambda: executor.status("owner", tmp_path) == "absent" and not psutil.pid_exists(child))
+    assert executor.status("owner", folder) == "ended"
+
+
 def test_stopping_ends_the_process(executor: LocalExecutor, folder: Path, module: str) -> None:
     executor.ensure("owner", folder, module, {})
     wait_for(lambda: (folder / "starts").exists())

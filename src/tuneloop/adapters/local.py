@@ -32,6 +32,7 @@ class LocalExecutor:
 
     def __init__(self) -> None:
         self._children: dict[Path, subprocess.Popen[bytes]] = {}
+        self._ended: set[Path] = set()
         self._lock = threading.Lock()
 
     def ensure(self, owner: str, folder: Path, module: str, environment: Mapping[str, str]) -> None:
@@ -42,12 +43,15 @@ class LocalExecutor:
 
     def status(self, owner: str, folder: Path) -> ProcessStatus:
         with self._lock:
+            died_early = self._reap(folder)
             identity = self.identity(folder)
+            if identity is None and died_early:
+                # It ended before it could say who it is: nothing else may start in this folder, and it counts
+                # as a process that ended.
+                forbid(folder, owner)
+                identity = self.identity(folder)
             if identity is None:
-                return "starting" if self._starting(folder) else "absent"
-            child = self._children.get(folder)
-            if child is not None and child.poll() is not None:
-                del self._children[folder]
+                return "starting" if died_early or self._starting(folder) else "absent"
             return "running" if is_alive(identity) else "ended"
 
     def identity(self, folder: Path) -> ProcessIdentity | None:
@@ -79,6 +83,15 @@ class LocalExecutor:
                 return handle.read().decode("utf-8", "replace").splitlines()[-count:]
         except FileNotFoundError:
             return []
+
+    def _reap(self, folder: Path) -> bool:
+        """Collect every child that ended; True when the one of `folder` is among those that did."""
+        for known, child in list(self._children.items()):
+            if child.poll() is not None and known != folder:
+                self._ended.add(known)
+                del self._children[known]
+        child = self._children.get(folder)
+        return folder in self._ended or (child is not None and child.poll() is not None)
 
     def _starting(self, folder: Path) -> bool:
         """Whether a child of ours is on its way but has not yet said who it is."""

@@ -90,5 +90,5 @@ def _lag(parts: Parts) -> dict[str, Any]:
     if tracker is not None:
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             state = json.loads((parts.files.folder(tracker.folder) / "state.json").read_text(encoding="utf-8"))
-            told.update({name: state[name] for name in told})
+            told.update({name: state[name] for name in told if name in state})
     return {**told, "models_pending": len(pending)}

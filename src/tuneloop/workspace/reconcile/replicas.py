@@ -223,7 +223,7 @@ class Serving:
         error = read_error(folder) or ErrorInfo(
             code="replica_vanished",
             message=f"The process of replica {replica.key} ended by itself.",
-            next=f"Look at: tuneloop deployments logs {replica.endpoint} {replica.deployment}",
+            next=f"Look at: tuneloop deployments logs {replica.deployment} --endpoint {replica.endpoint}",
             details={"last_lines": "\n".join(self._executor.last_lines(folder))},
         )
         self._note(replica.endpoint, "replica lost", replica=replica.key)
