@@ -51,7 +51,8 @@ def server_start() -> tuple[float, float]:
 
 
 def show(name: str, unit: str, values: list[float]) -> None:
-    print(f"{name:<28} median {statistics.median(values):8.3f}  min {min(values):8.3f}  max {max(values):8.3f} {unit}")
+    middle = statistics.median(values)
+    print(f"{name:<22} median {middle:8.3f}  min {min(values):8.3f}  max {max(values):8.3f} {unit}")
 
 
 def repeat(measure: Callable[[], float], times: int) -> list[float]:
@@ -59,7 +60,9 @@ def repeat(measure: Callable[[], float], times: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     os.environ.pop("TUNELOOP_HOME", None)

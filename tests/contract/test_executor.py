@@ -1,4 +1,4 @@
-"""The executor's contract on real processes: once, known, stoppable with children, and outliving the starter."""
+"""The executor's contract on real processes: once, known, stoppable with children, outliving the starter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from tuneloop.adapters.local import LocalExecutor
 from tuneloop.core.process import claim, is_alive
 
-PROGRAM = '''
+PROGRAM = """
 import json, os, pathlib, signal, subprocess, sys, time
 from tuneloop.core.process import claim
 folder = pathlib.Path(sys.argv[1])
@@ -32,14 +32,16 @@ with open(folder / "starts", "a") as starts:
     starts.write("x")
 print("here I am", flush=True)
 time.sleep(float(os.environ.get("LIVES", "60")))
-'''
+"""
 
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "program_under_test.py").write_text(PROGRAM)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "modules"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path / "modules"), os.environ.get("PYTHONPATH", "")])
+    )
     return "program_under_test"
 
 

@@ -81,12 +81,16 @@ def test_list_filters_by_parent_and_state_in_the_order_of_creation(store: Store)
 
 
 def test_a_transaction_that_fails_leaves_nothing(store: Store) -> None:
-    with pytest.raises(RuntimeError, match="stop"), store.transaction():
-        store.insert(step())
-        store.append(Event(at=START, subject="job/job", what="submitted"))
+    def write_and_fail() -> None:
         with store.transaction():
-            store.insert(step(2))
-        raise RuntimeError("stop")
+            store.insert(step())
+            store.append(Event(at=START, subject="job/job", what="submitted"))
+            with store.transaction():
+                store.insert(step(2))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_and_fail()
     assert store.list(StepRecord) == []
     assert store.events() == []
 
@@ -95,7 +99,8 @@ def test_events_are_numbered_and_selected_by_subject_or_prefix(store: Store) -> 
     for subject in ("job/a", "job/b", "endpoint/a"):
         store.append(Event(at=START, subject=subject, what="submitted"))
     numbers = [event.sequence for event in store.events()]
-    assert numbers == sorted(numbers) and len(set(numbers)) == 3
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == 3
     assert [event.subject for event in store.events(subject="job/")] == ["job/a", "job/b"]
     assert [event.subject for event in store.events(subject="endpoint/a")] == ["endpoint/a"]
     assert [event.subject for event in store.events(after=numbers[0], limit=1)] == ["job/b"]

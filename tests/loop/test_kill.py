@@ -126,5 +126,3 @@ def _curves(home: Path, job: str, step: str, enough: int) -> list[tuple[str, int
         ).fetchall()
     connection.close()
     return found if len(found) >= enough else None
-
-

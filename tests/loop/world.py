@@ -71,7 +71,7 @@ def row(question: str, answer: str) -> str:
 
 
 def write_rows(folder: Path) -> None:
-    colours = "red green blue black white grey pink brown".split()
+    colours = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
     train = [row(f"What is colour {n}?", f"It is {colour}.") for n, colour in enumerate(colours)] * 2
     (folder / "train.jsonl").write_text("\n".join(train) + "\n", encoding="utf-8")
     (folder / "test.jsonl").write_text("\n".join(train[:4]) + "\n", encoding="utf-8")
@@ -156,8 +156,10 @@ class LoopWorld:
         wait_for(lambda: self.step(job, "finetune")["attempts"], "finetune to start")
         folder = self.home / "jobs" / job / "finetune" / str(self.step(job, "finetune")["attempts"])
         wait_for(
-            lambda: self.state(job) in {"failed", "completed"}
-            or len(list((folder / "checkpoints").glob("checkpoint-*"))) >= checkpoints,
+            lambda: (
+                self.state(job) in {"failed", "completed"}
+                or len(list((folder / "checkpoints").glob("checkpoint-*"))) >= checkpoints
+            ),
             "a checkpoint",
         )
         assert self.state(job) == "running", self.client.job(job)["error"]

@@ -38,11 +38,15 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
 @pytest.fixture
 def api(parts: Parts) -> Iterator[TestClient]:
     headers = {"authorization": f"Bearer {parts.token}"}
-    with TestClient(create_app(parts), base_url="http://127.0.0.1:1", headers=headers, raise_server_exceptions=False) as client:
+    with TestClient(
+        create_app(parts), base_url="http://127.0.0.1:1", headers=headers, raise_server_exceptions=False
+    ) as client:
         yield client
 
 
-def submission(folder: Path, text: str = RECIPE, rows: str = GOOD_ROW * 3, **more: object) -> dict[str, object]:
+def submission(
+    folder: Path, text: str = RECIPE, rows: str = GOOD_ROW * 3, **more: object
+) -> dict[str, object]:
     (folder / "train.jsonl").write_text(rows, encoding="utf-8")
     return {"text": text, "path": "recipe.yaml", "folder": str(folder), **more}
 
@@ -67,7 +71,9 @@ def test_a_foreign_origin_is_refused(api: TestClient, origin: str) -> None:
     assert api.post("/api/shutdown", headers={"origin": origin}, json={}).status_code == 403
 
 
-def test_a_job_is_recorded_with_its_final_parameters_and_their_origins(api: TestClient, tmp_path: Path) -> None:
+def test_a_job_is_recorded_with_its_final_parameters_and_their_origins(
+    api: TestClient, tmp_path: Path
+) -> None:
     answer = api.post("/api/jobs", json=submission(tmp_path, overrides={"finetune.learning_rate": "1e-4"}))
     assert answer.status_code == 201, answer.text
     job = answer.json()
@@ -75,7 +81,7 @@ def test_a_job_is_recorded_with_its_final_parameters_and_their_origins(api: Test
     assert job["parameters"]["finetune.learning_rate"] == 1e-4
     assert job["origins"]["finetune.learning_rate"] == "--set"
     assert job["origins"]["finetune.apply_lora"] == "recipe"
-    assert [step["name"] for step in job["steps"]][0] == "model_import"
+    assert job["steps"][0]["name"] == "model_import"
     assert [found["name"] for found in api.get("/api/jobs").json()] == [job["name"]]
     assert api.get(f"/api/jobs/{job['name']}/events").json()[0]["what"] == "submitted"
 
@@ -93,7 +99,10 @@ def test_resolving_records_nothing(api: TestClient, tmp_path: Path) -> None:
         ("[1, 2]\n", "object"),
         ('{"prompt": "x", "completion": "y"}\n', "messages"),
         ('{"messages": [{"role": "robot", "content": "x"}]}\n', "role"),
-        ('{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]}\n', "content"),
+        (
+            '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "x"}]}\n',
+            "content",
+        ),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "assistant"),
     ],
 )
@@ -155,7 +164,9 @@ def test_what_would_be_ignored_or_unsafe_in_a_submission_is_refused(
     assert api.get("/api/jobs").json() == []
 
 
-def test_a_file_that_is_not_there_is_named_with_where_it_was_looked_for(api: TestClient, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_named_with_where_it_was_looked_for(
+    api: TestClient, tmp_path: Path
+) -> None:
     body = submission(tmp_path)
     (tmp_path / "train.jsonl").unlink()
     error = api.post("/api/jobs", json=body).json()["error"]
@@ -186,7 +197,9 @@ def test_an_output_that_is_not_made_yet_says_which_step_makes_it(api: TestClient
     assert "export" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["../../../token", "..%2f..%2ftoken", "/etc/passwd", "%00", "a/../../../token"])
+@pytest.mark.parametrize(
+    "path", ["../../../token", "..%2f..%2ftoken", "/etc/passwd", "%00", "a/../../../token"]
+)
 def test_a_path_never_leaves_its_artifact(api: TestClient, parts: Parts, tmp_path: Path, path: str) -> None:
     name = api.post("/api/jobs", json=submission(tmp_path)).json()["name"]
     digest, _ = parts.files.ingest(tmp_path / "train.jsonl")

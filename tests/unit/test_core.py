@@ -107,5 +107,11 @@ def test_settings_that_cannot_be_obeyed_are_refused(tmp_path: Path, text: str) -
 
 
 def test_only_allow_listed_variables_are_passed_on() -> None:
-    given = {"HF_TOKEN": "t", "HTTPS_PROXY": "p", "AWS_SECRET": "s", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0"}
+    given = {
+        "HF_TOKEN": "t",
+        "HTTPS_PROXY": "p",
+        "AWS_SECRET": "s",
+        "PATH": "/bin",
+        "CUDA_VISIBLE_DEVICES": "0",
+    }
     assert settings.passed_on(given) == {"HF_TOKEN": "t", "HTTPS_PROXY": "p", "CUDA_VISIBLE_DEVICES": "0"}

@@ -39,7 +39,10 @@ class World:
         for version in ("1", "2"):
             self.store.insert(
                 ModelRecord(
-                    created_at=NOW, name="tuned", model_version=version, artifact=f"sha256:{version}",
+                    created_at=NOW,
+                    name="tuned",
+                    model_version=version,
+                    artifact=f"sha256:{version}",
                     template_digest="sha256:t",
                 )
             )
@@ -63,7 +66,12 @@ class World:
         return self.files.folder(f"replicas/chat/{deployment}/{number}")
 
     def answer(self, number: int = 1, deployment: str = "blue") -> None:
-        self.leave(number, deployment, "ready.json", {"address": f"http://127.0.0.1:{9000 + number}", "at": NOW.isoformat()})
+        self.leave(
+            number,
+            deployment,
+            "ready.json",
+            {"address": f"http://127.0.0.1:{9000 + number}", "at": NOW.isoformat()},
+        )
 
     def refuse(self, number: int = 1, deployment: str = "blue") -> None:
         self.leave(number, deployment, "error.json", {"code": "template", "message": "another template"})
@@ -81,7 +89,9 @@ class World:
         return [str(one.state) for one in self.store.list(ReplicaRecord, parent=f"chat/{name}")]
 
     def routes(self) -> dict[str, object]:
-        return json.loads(self.files.written[self.files.folder("services/router") / "routes.json"])["endpoints"]  # type: ignore[no-any-return]
+        return json.loads(self.files.written[self.files.folder("services/router") / "routes.json"])[
+            "endpoints"
+        ]  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -202,7 +212,12 @@ def test_a_deployment_with_traffic_is_not_deleted_and_one_without_is(world: Worl
 
 @pytest.mark.parametrize(
     ("traffic", "error"),
-    [({"blue": 90}, UsageError), ({"blue": -1}, UsageError), ({"blue": 101}, UsageError), ({"red": 100}, NotFound)],
+    [
+        ({"blue": 90}, UsageError),
+        ({"blue": -1}, UsageError),
+        ({"blue": 101}, UsageError),
+        ({"red": 100}, NotFound),
+    ],
 )
 def test_traffic_that_makes_no_sense_is_refused(
     world: World, traffic: dict[str, int], error: type[Exception]
@@ -300,7 +315,7 @@ def test_a_model_that_is_served_is_not_deleted(world: World) -> None:
 
 def test_latest_is_the_version_registered_last_and_unknown_models_are_named(world: World) -> None:
     world.endpoints.create("chat")
-    with pytest.raises(NotFound, match="tuned:1|tuned:2"):
+    with pytest.raises(NotFound, match=r"tuned:[12]"):
         world.endpoints.deploy("chat", "blue", "tuned:3")
     with pytest.raises(NotFound, match="has not been imported"):
         world.endpoints.deploy("chat", "blue", "base:SmolLM2")

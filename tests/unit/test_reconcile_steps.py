@@ -35,7 +35,12 @@ class World:
     """A workspace with fakes, and the moves that a test makes."""
 
     def __init__(self, slots: int = 4) -> None:
-        self.store, self.executor, self.files, self.clock = FakeStore(), FakeExecutor(), FakeFiles(), FakeClock()
+        self.store, self.executor, self.files, self.clock = (
+            FakeStore(),
+            FakeExecutor(),
+            FakeFiles(),
+            FakeClock(),
+        )
         Computes(self.store, self.clock).declare_local(slots=slots, cores=2, memory_bytes=1 << 34)
         self.jobs = Jobs(self.store, self.files, self.clock, None, None)  # type: ignore[arg-type]
         self.reconciler = self.another_reconciler()
@@ -69,7 +74,9 @@ class World:
         error = ErrorInfo(code="data", message="row 3 is bad") if status == "failed" else None
         outputs = {}
         if status == "succeeded":
-            outputs = {"out": ResultOutput(digest=f"sha256:{job}-{step}-{number}", size_bytes=1, type="folder")}
+            outputs = {
+                "out": ResultOutput(digest=f"sha256:{job}-{step}-{number}", size_bytes=1, type="folder")
+            }
         self.files.results[folder] = ResultFile(
             attempt_id="x",
             status=status,  # type: ignore[arg-type]

@@ -131,8 +131,8 @@ def _environment(owner: str, environment: Mapping[str, str]) -> dict[str, str]:
         **inherited,
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "true",
-        # Threads that wait for each other sleep instead of spinning: with anything else on the machine, spinning
-        # makes two threads several times slower than one. Must be set before libgomp is loaded.
+        # Threads that wait for each other sleep instead of spinning: with anything else on the machine,
+        # spinning makes two threads several times slower than one. Must be set before libgomp is loaded.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         **environment,
         OWNER_VARIABLE: owner,

@@ -1,1 +1,4 @@
-"""What everything stands on: nouns, states, errors, names, chat, ports, settings. Imports nothing above it."""
+"""What everything stands on: nouns, states, errors, names, chat, ports, settings.
+
+Imports nothing above it.
+"""

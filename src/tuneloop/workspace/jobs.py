@@ -165,7 +165,7 @@ class Jobs:
             return self._move(record, JobState.QUEUED, error=None, finished_at=None)
 
     def output(self, name: str, output: str) -> tuple[JobOutput, str]:
-        """A job's output and its digest. Raises `NotFound` (no such output) or `InvalidState` (not made yet)."""
+        """A job's output and its digest. Raises `NotFound`, or `InvalidState` when it is not made yet."""
         job = self.get(name).job
         mapped = job.outputs.get(output)
         if mapped is None:

@@ -86,7 +86,7 @@ class Models:
         return record
 
     def delete(self, name: str, version: str) -> ModelRecord:
-        """Give up a version. Raises `InvalidState` while a deployment serves it. Its bytes stay until pruned."""
+        """Give up a version; its bytes stay. Raises `InvalidState` while a deployment serves it."""
         with self._store.transaction():
             record = self.get(name, version)
             users = [

@@ -89,6 +89,8 @@ def _lag(parts: Parts) -> dict[str, Any]:
     tracker = parts.store.find(ServiceRecord, "tracker")
     if tracker is not None:
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            state = json.loads((parts.files.folder(tracker.folder) / "state.json").read_text(encoding="utf-8"))
+            state = json.loads(
+                (parts.files.folder(tracker.folder) / "state.json").read_text(encoding="utf-8")
+            )
             told.update({name: state[name] for name in told if name in state})
     return {**told, "models_pending": len(pending)}

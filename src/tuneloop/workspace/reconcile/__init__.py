@@ -6,7 +6,8 @@ towards the former. Three rules carry it:
 * Claim first, then ensure: a row says that something is about to be started before anything is started, and
   the write checks a version; so two reconcilers start it once, and one that dies in between leaves a claim
   that the next one fulfils.
-* A tick never waits: no network, no MLflow, no probe. What takes long is done by processes, which leave files.
+* A tick never waits: no network, no MLflow, no probe. What takes long is done by processes, which leave
+  files.
 * Whoever loses a race (`Stale`) drops its move; the next tick sees the new state.
 """
 
@@ -72,7 +73,9 @@ class Reconciler:
         """Ask every process to end; True once none is left. What is wanted stays written: the next server
         takes it up again (steps from their checkpoints)."""
         parts = (self.pipelines.stop_all, self.serving.stop_all, self.services.stop_all)
-        return all([part() for part in parts])
+        # Each gets its push: no short cut after the first that is not done.
+        done = [part() for part in parts]
+        return all(done)
 
     def kill_everything(self) -> None:
         self.pipelines.stop_all(kill=True)

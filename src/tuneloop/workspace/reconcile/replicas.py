@@ -80,7 +80,7 @@ class Serving:
         self._write_routes()
 
     def stop_all(self, *, kill: bool = False) -> bool:
-        """Push every replica's process towards its end; True when none is left. The deployments stay wanted."""
+        """Push every replica's process towards its end; True when none is left. Deployments stay wanted."""
         done = True
         for replica in self._store.list(ReplicaRecord, states=OPEN):
             if kill:

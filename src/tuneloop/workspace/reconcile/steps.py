@@ -167,7 +167,7 @@ class Pipelines:
         now = self._clock.now()
         with self._store.transaction():
             self._start_job(record)
-            reused = self._move_step(
+            return self._move_step(
                 waiting,
                 StepState.REUSED,
                 cache_key=entry.cache_key,
@@ -179,7 +179,6 @@ class Pipelines:
                 started_at=now,
                 finished_at=now,
             )
-        return reused
 
     def _claim(self, record: JobRecord, step: Step, waiting: StepRecord, key: str) -> StepRecord:
         """Write the claim; the same tick or a later one starts the process (`_observe`)."""
@@ -276,7 +275,7 @@ class Pipelines:
             self._files.adopt(folder / "outputs" / name, output.digest)
         outputs = {name: output.digest for name, output in result.outputs.items()}
         with self._store.transaction():
-            for name, output in result.outputs.items():
+            for name in result.outputs:
                 self._record_artifact(record, attempt, name, result)
             self._move_attempt(
                 attempt,
@@ -465,7 +464,7 @@ def _of_step(step: str, error: ErrorInfo | None) -> ErrorInfo | None:
 def _vanished(attempt: AttemptRecord, last_lines: Sequence[str]) -> ErrorInfo:
     return ErrorInfo(
         code="step_vanished",
-        message=f"The process of {attempt.key} ended without a result (killed from outside, or out of memory).",
+        message=f"The process of {attempt.key} left no result: killed from outside, or out of memory.",
         next=f"Look at: tuneloop jobs logs {attempt.job} --step {attempt.step}",
         details={"last_lines": "\n".join(last_lines)},
     )

@@ -1,0 +1,106 @@
+"""The nouns: frozen, JSON in and out, unknown keys refused.
+
+Two kinds of models live here. An *intent* (`Job`, `Card`, `Recipe` elsewhere) is what somebody asked for
+and never changes. A *record* (`JobRecord`, `AttemptRecord`, ...) is what became of it: it carries a state,
+a `version` that every write checks, and lives in the store under `key` (and `parent`, by which it is listed).
+Times are UTC. Digests are written `sha256:<64 hex>`.
+"""
+
+from tuneloop.core.types.base import ArtifactKind, ErrorInfo, Noun, ProcessIdentity, Record, StepKind, dump
+from tuneloop.core.types.catalog import (
+    Architecture,
+    Card,
+    CardRecord,
+    CardSource,
+    Compute,
+    Dataset,
+    FolderSource,
+    HubSource,
+    PackageSource,
+)
+from tuneloop.core.types.files import (
+    DemandFile,
+    MetricLine,
+    ProgressLine,
+    ReadyFile,
+    ReplicaFile,
+    ResultFile,
+    ResultOutput,
+    RouteDeployment,
+    RouteEndpoint,
+    RouteReplica,
+    RouterFile,
+    RouteTable,
+    StepFile,
+    StepFileInput,
+)
+from tuneloop.core.types.history import Event, TrackingRecord
+from tuneloop.core.types.jobs import (
+    Artifact,
+    ArtifactInput,
+    AttemptRecord,
+    CacheEntry,
+    Job,
+    JobOutput,
+    JobRecord,
+    JobSettings,
+    Step,
+    StepInput,
+    StepOutputInput,
+    StepRecord,
+)
+from tuneloop.core.types.models import Lineage, ModelRecord
+from tuneloop.core.types.serving import DeploymentRecord, EndpointRecord, ReplicaRecord, ServiceRecord
+
+__all__ = [
+    "Architecture",
+    "Artifact",
+    "ArtifactInput",
+    "ArtifactKind",
+    "AttemptRecord",
+    "CacheEntry",
+    "Card",
+    "CardRecord",
+    "CardSource",
+    "Compute",
+    "Dataset",
+    "DemandFile",
+    "DeploymentRecord",
+    "EndpointRecord",
+    "ErrorInfo",
+    "Event",
+    "FolderSource",
+    "HubSource",
+    "Job",
+    "JobOutput",
+    "JobRecord",
+    "JobSettings",
+    "Lineage",
+    "MetricLine",
+    "ModelRecord",
+    "Noun",
+    "PackageSource",
+    "ProcessIdentity",
+    "ProgressLine",
+    "ReadyFile",
+    "Record",
+    "ReplicaFile",
+    "ReplicaRecord",
+    "ResultFile",
+    "ResultOutput",
+    "RouteDeployment",
+    "RouteEndpoint",
+    "RouteReplica",
+    "RouteTable",
+    "RouterFile",
+    "ServiceRecord",
+    "Step",
+    "StepFile",
+    "StepFileInput",
+    "StepInput",
+    "StepKind",
+    "StepOutputInput",
+    "StepRecord",
+    "TrackingRecord",
+    "dump",
+]

@@ -1,0 +1,91 @@
+"""Endpoints, deployments, replicas, and the helper processes."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from tuneloop.core.states import DeploymentState, EndpointState, ReplicaState, ServiceState
+from tuneloop.core.types.base import ErrorInfo, ProcessIdentity, Record
+
+
+class EndpointRecord(Record):
+    """A stable address. Keys are derived (see `core.keys`); only generations and hashes are kept."""
+
+    kind: ClassVar[str] = "endpoint"
+    name: str
+    id: str
+    state: EndpointState = EndpointState.READY
+    description: str = ""
+    tags: dict[str, str] = {}
+    auth_mode: Literal["key"] = "key"
+    key_generations: dict[str, int] = {"primary": 1, "secondary": 1}
+    key_hashes: dict[str, str] = {}
+    traffic: dict[str, int] = {}
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+
+class DeploymentRecord(Record):
+    kind: ClassVar[str] = "deployment"
+    endpoint: str
+    name: str
+    model: str
+    """`name:version` of a registered model, or `base:NAME` for a base model out of the catalogue's cache."""
+    artifact: str
+    template_digest: str | None = None
+    replicas: int = 1
+    request_timeout_seconds: float = 90.0
+    state: DeploymentState = DeploymentState.CREATING
+    generation: int = 1
+    """Rises when replicas are to be given up and started afresh."""
+    crashes: int = 0
+    error: ErrorInfo | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.endpoint}/{self.name}"
+
+    @property
+    def parent(self) -> str:
+        return self.endpoint
+
+
+class ReplicaRecord(Record):
+    kind: ClassVar[str] = "replica"
+    endpoint: str
+    deployment: str
+    number: int
+    """Rises with every start; never used twice within a deployment."""
+    state: ReplicaState = ReplicaState.CLAIMED
+    generation: int = 1
+    folder: str
+    address: str | None = None
+    process: ProcessIdentity | None = None
+    error: ErrorInfo | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.endpoint}/{self.deployment}/{self.number}"
+
+    @property
+    def parent(self) -> str:
+        return f"{self.endpoint}/{self.deployment}"
+
+
+class ServiceRecord(Record):
+    """One of the helper processes that the reconciler keeps alive: `tracker` or `router`."""
+
+    kind: ClassVar[str] = "service"
+    name: Literal["tracker", "router"]
+    state: ServiceState = ServiceState.CLAIMED
+    starts: int = 0
+    port: int | None = None
+    folder: str = ""
+    process: ProcessIdentity | None = None
+    error: ErrorInfo | None = None
+
+    @property
+    def key(self) -> str:
+        return self.name
