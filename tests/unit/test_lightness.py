@@ -29,8 +29,10 @@ def test_neither_torch_nor_mlflow_come_with_the_server_the_router_or_the_client(
 
 
 def test_help_loads_neither_http_nor_models() -> None:
-    program = "import contextlib\nfrom tuneloop.cli import main\n"
+    program = (
+        "import contextlib\nfrom tuneloop.cli import main\n"
         "with contextlib.suppress(SystemExit): main(['--help'])"
+    )
     assert loaded(program).isdisjoint({*HEAVY, "httpx", "pydantic", "rich", "sqlalchemy", "fastapi"})
 
 

@@ -83,7 +83,7 @@ class SqlStore:
         except sa.exc.OperationalError as broken:
             raise HomeUnusable(
                 f"{path} cannot be opened: {broken.orig}.",
-                next_move="Check its permissions and the free space, or choose another home with TUNELOOP_HOME.",
+                next_move="Check permissions and free space, or choose another home with TUNELOOP_HOME.",
             ) from broken
         os.chmod(path, 0o600)
         return store

@@ -68,7 +68,7 @@ def is_alive(identity: ProcessIdentity) -> bool:
 
 
 def _start_time(pid: int) -> float:
-    """Seconds after boot on Linux, so that a jump of the wall clock changes nothing; elsewhere of the epoch."""
+    """Seconds after boot on Linux, so that a jump of the wall clock changes nothing; else of the epoch."""
     try:
         fields = (
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
