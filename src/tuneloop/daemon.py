@@ -366,15 +366,17 @@ def _stop_everything(reconciler: Reconciler) -> None:
 
 def track(folder: Path) -> None:
     """Carry what happens to MLflow until asked to end; then once more, so that nothing is left waiting."""
+    from tuneloop.core.process import claim, write_atomically
+
+    spec = json.loads((folder / "tracker.json").read_text(encoding="utf-8"))
+    # Before the heavy imports: who comes second should not take long to see it.
+    if not claim(folder, spec["owner"]):
+        return
     from tuneloop.adapters.files import LocalFiles
     from tuneloop.adapters.mlflow import open_server
     from tuneloop.adapters.sql import SqlStore
-    from tuneloop.core.process import claim, write_atomically
     from tuneloop.workspace.tracking import Tracker
 
-    spec = json.loads((folder / "tracker.json").read_text(encoding="utf-8"))
-    if not claim(folder, spec["owner"]):
-        return
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     settings = settings_module.load(home=Path(spec["home"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.loop.world import LoopWorld
+from tests.loop.world import LoopWorld, wait_for
 from tests.models import tiny_model
 
 
@@ -21,7 +21,8 @@ def world(tmp_path: Path, model_folder: Path) -> Iterator[LoopWorld]:
     one = LoopWorld(tmp_path / "world", model_folder)
     yield one
     one.take_down()
-    assert one.processes() == []
+    # One that was started twice and came second may need a moment to see it and end.
+    wait_for(lambda: one.processes() == [], "every process to be gone", seconds=10)
 
 
 @pytest.fixture(scope="module")
@@ -30,4 +31,5 @@ def shared_world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -
     one = LoopWorld(tmp_path_factory.mktemp("shared") / "world", model_folder)
     yield one
     one.take_down()
-    assert one.processes() == []
+    # One that was started twice and came second may need a moment to see it and end.
+    wait_for(lambda: one.processes() == [], "every process to be gone", seconds=10)

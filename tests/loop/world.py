@@ -48,6 +48,7 @@ finetune:
   per_device_train_batch_size: 4
   evaluation_strategy: epoch
   logging_steps: 1
+  save_total_limit: 2
 evaluate: {samples: 1, max_new_tokens: 8}
 """
 

@@ -273,7 +273,8 @@ class _Run:
         patience = self._parameters.early_stopping_patience
         if self._parameters.apply_early_stopping and self._tally.bad_evaluations >= patience:
             self._tally.is_stopped = True
-        self._events.metrics(self._tally.step, eval_loss=loss, epoch=self._epoch())
+        # The loss alone: where this step is logged too, its other values stand there already.
+        self._events.metrics(self._tally.step, eval_loss=loss)
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
