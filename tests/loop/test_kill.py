@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.loop.world import SLOW, LoopWorld, wait_for
+from tests.loop.world import SHORT, SLOW, LoopWorld, wait_for
 
 
 def test_training_goes_on_without_its_server_and_the_next_server_finishes_the_job(world: LoopWorld) -> None:
-    job = world.submit(**SLOW)
+    job = world.submit(SHORT, **SLOW)
     folder = world.wait_until_training(job)
     trainer = world.identity(folder)
     os.kill(world.server_pid(), signal.SIGKILL)
@@ -28,10 +28,11 @@ def test_training_goes_on_without_its_server_and_the_next_server_finishes_the_jo
 
 
 def test_a_killed_step_resumes_and_ends_with_the_losses_of_an_undisturbed_run(world: LoopWorld) -> None:
-    dropout = {"finetune.lora_dropout": "0.1", "finetune.num_train_epochs": "150"}
+    dropout = {"finetune.lora_dropout": "0.1", **SLOW}
     undisturbed = world.submit(**dropout)
     assert world.wait_until_ended(undisturbed)["state"] == "completed"
-    disturbed = world.submit(**dropout, force_rerun=True)
+    # Another limit of checkpoints changes no loss, and keeps the cache from answering.
+    disturbed = world.submit(**dropout, **{"finetune.save_total_limit": "3"})
     folder = world.wait_until_training(disturbed, checkpoints=1)
     world.kill(folder)
     ended = world.wait_until_ended(disturbed)
@@ -47,7 +48,7 @@ def test_a_killed_step_resumes_and_ends_with_the_losses_of_an_undisturbed_run(wo
 
 
 def test_a_killed_tracker_misses_nothing(world: LoopWorld) -> None:
-    job = world.submit(**SLOW)
+    job = world.submit(SHORT, **SLOW)
     world.wait_until_training(job)
     for _ in range(2):
         folder = world.service_folder("tracker")
@@ -64,7 +65,7 @@ def test_a_killed_tracker_misses_nothing(world: LoopWorld) -> None:
 def test_a_killed_replica_and_a_killed_router_are_replaced_and_the_next_requests_succeed(
     world: LoopWorld,
 ) -> None:
-    job = world.submit()
+    job = world.submit(SHORT)
     assert world.wait_until_ended(job)["state"] == "completed"
     world.client.register(job, "trained_model", name="tiny")
     world.client.create_endpoint("chat")

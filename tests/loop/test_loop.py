@@ -10,7 +10,7 @@ import threading
 import httpx
 import pytest
 
-from tests.loop.world import RECIPE, SLOW, LoopWorld, wait_for
+from tests.loop.world import RECIPE, SHORT, SLOW, LoopWorld, wait_for
 from tuneloop import daemon
 
 
@@ -192,7 +192,7 @@ def test_many_callers_at_once_start_one_server_and_each_job_runs_once(
         thread.join()
     assert len(set(servers)) == 1
     world.restart_server()
-    names = [world.submit(**{"finetune.seed": seed}) for seed in (1, 1, 2)]
+    names = [world.submit(SHORT, **{"finetune.seed": seed}) for seed in (1, 1, 2)]
     for name in names:
         assert world.wait_until_ended(name)["state"] == "completed"
         for step in world.client.job(name)["steps"]:
@@ -202,7 +202,7 @@ def test_many_callers_at_once_start_one_server_and_each_job_runs_once(
 
 
 def test_down_keeps_the_job_and_the_next_server_goes_on_with_it(world: LoopWorld) -> None:
-    name = world.submit(**SLOW)
+    name = world.submit(SHORT, **SLOW)
     world.wait_until_training(name)
     world.take_down()
     assert world.processes() == []

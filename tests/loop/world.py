@@ -52,8 +52,11 @@ finetune:
 evaluate: {samples: 1, max_new_tokens: 8}
 """
 
-SLOW = {"finetune.num_train_epochs": "150"}
-"""Some 10 seconds of training on the tiny model: long enough to kill things in the middle."""
+SLOW = {"finetune.num_train_epochs": "100"}
+"""Some seconds of training on the tiny model: long enough to kill things in the middle."""
+
+SHORT = RECIPE.replace("evaluate: {samples: 1, max_new_tokens: 8}", "evaluate: false")
+"""Without the last step, for tests that need no evaluation."""
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:

@@ -140,4 +140,9 @@ def _peak_memory_bytes() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is on the disk: taking torch apart in good order would only hold memory that the next
+    # step wants.
+    os._exit(status)
