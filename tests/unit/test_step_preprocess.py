@@ -162,7 +162,7 @@ def test_every_bad_row_is_reported_with_file_line_field_rule_and_fix(
         ("t.jsonl", 1, "messages", "messages_present"),
     ]
     assert all(each["fix"] for each in caught.value.details)
-    assert "bad.jsonl line 2: the row: json" in caught.value.message
+    assert "bad.jsonl line 2: the row: found " in caught.value.message
     assert "(7 findings; the first 5 are shown)" in caught.value.message
 
 

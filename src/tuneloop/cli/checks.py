@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -81,9 +82,7 @@ def check_python() -> Check:
 def check_packages() -> Iterator[Check]:
     missing = [name for name in LIGHT_PACKAGES if _installed(name) is None]
     if missing:
-        yield Check(
-            "packages", "fail", f"missing: {', '.join(missing)}", "Install from the lock file: make install"
-        )
+        yield Check("packages", "fail", f"missing: {', '.join(missing)}", _how_to_install())
     lock = find_lock()
     if lock is None:
         yield Check("lock", "ok", "no lock file beside this installation; versions are not compared")
@@ -96,9 +95,16 @@ def check_packages() -> Iterator[Check]:
     ]
     if other:
         shown = "; ".join(other[:5]) + (f"; and {len(other) - 5} more" if other[5:] else "")
-        yield Check("lock", "warn", shown, f"Install what was tested: pip install -r {lock}")
+        yield Check("lock", "warn", shown, f"Install what was tested. {_how_to_install()}")
     else:
         yield Check("lock", "ok", f"versions as in {lock.name}")
+
+
+def _how_to_install() -> str:
+    """The versions of the lock file where there is one, else those that the package asks for."""
+    lock = find_lock()
+    what = f"-r {shlex.quote(str(lock))}" if lock else "tuneloop"
+    return f"Install it: {shlex.quote(sys.executable)} -m pip install {what}"
 
 
 def find_lock() -> Path | None:
@@ -128,7 +134,7 @@ def check_torch() -> Check:
     """Asked in a process of its own: torch takes seconds to load and may fail to."""
     version = _installed("torch")
     if version is None:
-        return Check("torch", "fail", "not installed", "Install from the lock file: make install")
+        return Check("torch", "fail", "not installed", _how_to_install())
     try:
         asked = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=120)
         answer = json.loads(asked.stdout)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
+from tuneloop.cli import session
 from tuneloop.core.errors import Internal, TuneloopError
+
+_COMMAND = re.compile(r"(?<![\w/.-])tuneloop(?= [a-z])")
 
 MOST_DETAILS = 50
 """Lines of a long list of mistakes; the rest is counted."""
@@ -29,7 +33,7 @@ def show(error: TuneloopError, as_json: bool = False) -> None:
 
 def describe(message: str, next_move: str | None, details: Any) -> list[str]:
     """The lines that tell an error to a person; `details` that the message says already are left out."""
-    lines = [f"error: {message}"]
+    lines = [f"error: {as_typed_here(message)}"]
     given = details if isinstance(details, list) else []
     told = [_mistake(detail) for detail in given if not _is_said(detail, message)]
     unsaid = [text for text in told if text]
@@ -37,14 +41,14 @@ def describe(message: str, next_move: str | None, details: Any) -> list[str]:
     if len(unsaid) > MOST_DETAILS:
         lines.append(f"  and {len(unsaid) - MOST_DETAILS} more")
     if next_move:
-        lines.append(f"  next: {next_move}")
+        lines.append(f"  next: {as_typed_here(next_move)}")
     return lines
 
 
 def _is_said(detail: Any, message: str) -> bool:
-    """Whether the message holds a recipe's mistake with its line."""
+    """Whether the message holds a recipe's mistake with its line, or a row's finding as it is told here."""
     if not isinstance(detail, Mapping) or "message" not in detail:
-        return False
+        return isinstance(detail, Mapping) and "rule" in detail and _finding(detail) in message
     line = detail.get("line")
     return str(detail["message"]) in message and (not line or f"line {line}" in message)
 
@@ -63,13 +67,13 @@ def _mistake(detail: Any) -> str | None:
 
 
 def _finding(detail: Mapping[str, Any]) -> str:
-    place = ":".join(str(detail[key]) for key in ("file", "line") if detail.get(key) is not None)
-    text = f"{place}: " if place else ""
-    text += f"{detail['field']}: " if detail.get("field") else ""
-    text += str(detail["rule"])
-    if detail.get("value") is not None:
-        text += f", found {_short(detail['value']).removeprefix('found ')}"
-    return f"{text}. {detail['fix']}" if detail.get("fix") else text
+    """`train.jsonl line 6: messages[0].role: found "usr" (rule role_known). Use one of system, user, assistant.`"""
+    line = f"line {detail['line']}" if detail.get("line") is not None else None
+    place = " ".join(str(part) for part in (detail.get("file"), line) if part)
+    found = f"found {_short(detail['value'])} " if detail.get("value") is not None else ""
+    told = f"{found}(rule {detail['rule']})."
+    text = ": ".join(str(part) for part in (place, detail.get("field"), told) if part)
+    return f"{text} {detail['fix']}" if detail.get("fix") else text
 
 
 def _short(value: object) -> str:
@@ -78,7 +82,10 @@ def _short(value: object) -> str:
 
 
 def show_usage(error: click.ClickException, as_json: bool) -> int:
-    """Click's own errors: what was typed is wrong."""
+    """Click's own errors: what was typed is wrong. A group without a command gets its help page."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError) and not as_json:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     if as_json:
         body = {"code": "usage", "message": error.format_message(), "next": None, "details": None}
         click.echo(json.dumps({"error": body}), err=True)
@@ -86,8 +93,14 @@ def show_usage(error: click.ClickException, as_json: bool) -> int:
     context = error.ctx if isinstance(error, click.UsageError) else None
     click.echo(f"error: {error.format_message()}", err=True)
     if context is not None:
-        click.echo(f"  next: {context.command_path} --help", err=True)
+        click.echo(f"  next: {as_typed_here(f'{context.command_path} --help')}", err=True)
     return error.exit_code
+
+
+def as_typed_here(text: str) -> str:
+    """`text` with the commands in it as they are typed from here (`tuneloop run` as `.venv/bin/tuneloop run`)."""
+    program = session.program()
+    return text if program == "tuneloop" else _COMMAND.sub(lambda _: program, text)
 
 
 def defect(error: Exception) -> Internal:

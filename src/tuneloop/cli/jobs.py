@@ -37,7 +37,7 @@ def jobs_() -> None:
 
 @jobs_.command("list")
 @click.option("--experiment", metavar="NAME", help="Only the jobs of this experiment.")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many.")
+@click.option("--limit", type=click.IntRange(1, 1_000_000), default=20, show_default=True, help="At most so many.")
 @output.json_option
 def list_(experiment: str | None, limit: int, as_json: bool) -> None:
     """List jobs, newest first.
@@ -64,7 +64,9 @@ def list_(experiment: str | None, limit: int, as_json: bool) -> None:
     output.table(
         ("NAME", "STATE", "CREATED", "TIME", "EXPERIMENT", "BASE MODEL"),
         rows,
-        empty=f"No jobs yet. Start one with: {session.program()} run demo",
+        empty=f"No jobs in experiment {experiment!r}. All of them: {session.program()} jobs list"
+        if experiment
+        else f"No jobs yet. Start one with: {session.program()} run demo",
     )
 
 

@@ -60,7 +60,9 @@ def list_(name: str | None, as_json: bool) -> None:
     output.table(
         columns,
         rows,
-        empty=f"No models yet. Register one with: {session.program()} models register JOB --name N",
+        empty=f"No model {name!r}. All of them: {session.program()} models list"
+        if name
+        else f"No models yet. Register one with: {session.program()} models register JOB --name N",
     )
 
 
@@ -179,4 +181,5 @@ def _tell(model: ModelRecord) -> None:
         }
     )
     for name, value in model.metrics.items():
-        output.say(f"metric {name} = {output.number(value)}")
+        shown = output.size(value) if name.endswith("_bytes") else output.number(value)
+        output.say(f"metric {name} = {shown}")

@@ -51,7 +51,10 @@ Exit codes: 0 done, 1 the job or a check failed, 2 wrong usage, recipe or data, 
 """
 
 
-@click.group(cls=LazyGroup, modules=COMMANDS, epilog=EPILOG, context_settings={"max_content_width": 100})
+CONTEXT = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=LazyGroup, modules=COMMANDS, epilog=EPILOG, context_settings=CONTEXT)
 @click.version_option(tuneloop.__version__, prog_name="tuneloop")
 def root() -> None:
     """Tuneloop: the managed fine-tuning loop for chat models, on machines that you own."""

@@ -102,16 +102,26 @@ def submission_of(
 
 def recipe_path(recipe: str) -> Path:
     path = Path(recipe)
-    if path.is_file():
+    # Whatever can be read is taken, a pipe such as <(...) too; a folder is looked for among the shipped ones.
+    if recipe and path.exists() and not path.is_dir():
         return path
     found = shipped.find(recipe)
     if found is not None:
         return found
+    if recipe and path.is_dir():
+        raise UsageError(
+            f"{recipe!r} is a folder; a recipe is a YAML file.", next_move=_recipes_in(path)
+        )
     near = did_you_mean(recipe.removesuffix(".yaml"), shipped.names()) or ""
     raise NotFound(
         f"There is no recipe file {recipe!r}, and none of that name ships with Tuneloop. {near}".rstrip(),
         next_move="See the shipped ones with: tuneloop recipes list",
     )
+
+
+def _recipes_in(folder: Path) -> str:
+    found = sorted(str(path) for path in folder.glob("*.y*ml"))
+    return f"In it there is: {', '.join(found[:5])}." if found else "Start from: tuneloop recipes show demo > my.yaml"
 
 
 def tell_parameters(final: Mapping[str, Any], verbose: bool) -> None:

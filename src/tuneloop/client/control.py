@@ -329,7 +329,9 @@ def _read(kind: type[N], value: object) -> N:
 
 
 def _part(name: str) -> str:
-    """A name as one segment of a path."""
+    """A name as one segment of a path. Raises `UsageError` for one that would be another address."""
+    if name.strip() in ("", ".", ".."):
+        raise UsageError(f"{name!r} is not a name.", next_move="Give the name of what you mean.")
     return quote(name, safe=":")
 
 

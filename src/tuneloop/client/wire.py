@@ -21,7 +21,7 @@ def error_of(status: int, content: bytes) -> TuneloopError:
         body = json.loads(content)["error"]
         if body.get("code") in {error.code for error in all_errors()}:
             return from_json(body)
-        message = str(body["message"])
+        return _by_status(status)(str(body["message"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         message = content.decode(errors="replace").strip()[:500] or "no message"
     return _by_status(status)(f"HTTP {status}: {message}")

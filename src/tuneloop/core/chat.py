@@ -262,8 +262,9 @@ def check_messages(row: object) -> list[Finding]:
         return [Finding("row_is_object", "", _shown(row), f"Write every line as an object: {_SHAPE}")]
     messages = row.get("messages")
     if messages is None:
-        found = ", ".join(f"'{key}'" for key in row) or "an empty object"
-        return [Finding("messages_present", "messages", f"found {found}", f"Give every row a list: {_SHAPE}")]
+        keys = ", ".join(f"'{key}'" for key in row)
+        found = f"only {_short(keys)}" if keys else "an empty object"
+        return [Finding("messages_present", "messages", found, f"Give every row a list: {_SHAPE}")]
     if not isinstance(messages, list):
         return [Finding("messages_is_list", "messages", _shown(messages), f"Write a list: {_SHAPE}")]
     findings = [
@@ -274,7 +275,8 @@ def check_messages(row: object) -> list[Finding]:
         findings.append(Finding("tools_unsupported", "tools", _shown(row["tools"]), fix))
     if not any(isinstance(message, dict) and message.get("role") == "assistant" for message in messages):
         fix = "Add the assistant's answer, or remove the row: only what the assistant says is learned."
-        findings.append(Finding("assistant_turn", "messages", f"{len(messages)} messages", fix))
+        count = f"{len(messages)} message{'' if len(messages) == 1 else 's'}"
+        findings.append(Finding("assistant_turn", "messages", f"{count}, none of the assistant", fix))
     return findings
 
 
@@ -310,7 +312,10 @@ def _check_content(where: str, content: object) -> list[Finding]:
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return _short(json.dumps(value, ensure_ascii=False, default=repr))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -384,7 +384,7 @@ async def _read(request: web.Request) -> bytes:
 def _no_replica(exchange: Exchange) -> Refused:
     message = (
         f"Deployment '{exchange.deployment}' of endpoint '{exchange.endpoint}' has no replica that is ready. "
-        f"See: tuneloop deployments list {exchange.endpoint}"
+        f"See: tuneloop deployments list --endpoint {exchange.endpoint}"
     )
     headers = {"Retry-After": "5", DEPLOYMENT_HEADER: exchange.deployment}
     return Refused(503, "no_replica", message, headers=headers)

@@ -138,7 +138,7 @@ def _read_row(line: int, raw: bytes) -> Row | list[Finding]:
         shown = f"byte {raw[error.start]:#04x} at position {error.start}"
         return [Finding("utf8", "", shown, "Save the file as UTF-8.")]
     except (ValueError, RecursionError) as error:
-        return [Finding("json", "", f"{error}: {_short(raw)}", _JSON_LINES)]
+        return [Finding("json", "", _short(raw), f"{error}. {_JSON_LINES}")]
     return check_messages(row) or Row(line, row["messages"])
 
 
@@ -164,7 +164,7 @@ class Complaints:
         if not self.found:
             return
         shown = [
-            "{file} line {line}: {where}: {rule}: {value}. {fix}".format(
+            "{file} line {line}: {where}: found {value} (rule {rule}). {fix}".format(
                 **each, where=each["field"] or "the row"
             )
             for each in self.found[:5]
@@ -227,7 +227,8 @@ def _render(template: ChatTemplate, row: Row) -> Any:
         return template.segments(row.messages)
     except (DataError, Unsupported) as refused:
         fix = refused.next_move or "Change the conversation to what the template takes."
-        return [Finding("template", "messages", refused.message, fix)]
+        roles = ", ".join(str(message["role"]) for message in row.messages[:4])
+        return [Finding("template", "messages", f"roles {roles}: {refused.message}", fix)]
 
 
 def _longest(model: Path, tokenizer: Any, wanted: int) -> int:

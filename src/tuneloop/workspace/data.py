@@ -88,7 +88,7 @@ def check_chat_file(path: Path, shown: str) -> tuple[int, tuple[str, ...]]:
         for finding in found[: max(0, MAX_FINDINGS - len(findings))]:
             findings.append({"file": shown, "line": line, **finding})
     if findings:
-        raise DataError(_summary(shown, bad_rows, rows, findings[0]), details=findings)
+        raise DataError(_summary(shown, bad_rows, rows, findings), details=findings)
     if rows == 0:
         raise DataError(f"{shown} has no rows.", next_move="Give a file with one conversation per line.")
     return rows, tuple(columns)
@@ -116,7 +116,7 @@ def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
         return {}, _problem("encoding", value, "Save the file as UTF-8.")
     except json.JSONDecodeError as broken:
         fix = f"Mend the JSON at column {broken.colno}: {broken.msg.lower()}. One object per line."
-        return {}, _problem("json", line[:60].decode("utf-8", "replace").rstrip(), fix)
+        return {}, _problem("json", json.dumps(line[:60].decode("utf-8", "replace").rstrip(), ensure_ascii=False), fix)
     except RecursionError:
         return {}, _problem("json", "nested too deeply", "Write a flat object with a list of messages.")
     if not isinstance(row, dict):
@@ -128,12 +128,13 @@ def _problem(rule: str, value: str, fix: str) -> dict[str, Any]:
     return {"rule": rule, "field": "", "value": value, "fix": fix}
 
 
-def _summary(shown: str, bad_rows: int, rows: int, first: dict[str, Any]) -> str:
-    where = f"{shown} line {first['line']}"
-    field = f", {first['field']}" if first["field"] else ""
+def _summary(shown: str, bad_rows: int, rows: int, findings: Sequence[dict[str, Any]]) -> str:
+    """Counts the rows; the first finding is told, the others are in the error's details."""
+    first = findings[0]
+    field = f"{first['field']}: " if first["field"] else ""
     return (
-        f"{bad_rows} of {rows} rows of {shown} cannot be learned from; nothing was started. "
-        f"First: {where}{field}: {first['rule']}: {first['value']}. {first['fix']}"
+        f"{bad_rows} of {rows} rows of {shown} cannot be learned from; nothing was started.\n"
+        f"  {shown} line {first['line']}: {field}found {first['value']} (rule {first['rule']}). {first['fix']}"
     )
 
 

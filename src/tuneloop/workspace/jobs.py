@@ -62,17 +62,20 @@ class Jobs:
         self._data = data
 
     def resolve(self, submission: Submission) -> tuple[recipes.Resolved, Card]:
-        """The final set of parameters with their origins. Pure: nothing is recorded."""
+        """The final set of parameters with their origins. Nothing is recorded. Raises `RecipeError`, and
+        `NotFound` for a model or a compute that there is not."""
+        if submission.experiment:
+            check_name(submission.experiment, "experiment")
         recipe = recipes.parse(submission.text, path=submission.path, overrides=submission.overrides)
         card = self._catalog.get(recipe.model)
+        for stage in recipes.STAGES:
+            self._store.get(Compute, recipe.compute.of(stage))
         return recipes.resolve(recipe, card), card
 
     def submit(self, submission: Submission) -> JobRecord:
         """Check everything, bring the data in, and record the job; the reconciler does the rest.
         Raises `RecipeError`, `NotFound`, `DataError` or `Unsupported`; then nothing was recorded."""
         resolved, card = self.resolve(submission)
-        if submission.experiment is not None:
-            check_name(submission.experiment, "experiment")
         inputs, datasets = self._bring_in(resolved, submission.folder)
         job = recipes.compile_job(
             resolved,

@@ -6,9 +6,9 @@ import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +23,8 @@ from tuneloop.workspace.jobs import Submission
 
 MAX_LOG_BYTES = 256_000
 MAX_PROGRESS_BYTES = 1_000_000
+
+Limit = Annotated[int | None, Query(ge=1, le=1_000_000)]
 
 
 class SubmissionBody(BaseModel):
@@ -79,7 +81,7 @@ def routes(parts: Parts) -> APIRouter:
         return views.job(parts, record.key)
 
     @router.get("/jobs")
-    def list_jobs(experiment: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+    def list_jobs(experiment: str | None = None, limit: Limit = None) -> list[dict[str, Any]]:
         return [views.job_summary(record) for record in parts.jobs.list(experiment, limit)]
 
     @router.get("/jobs/{name}")
