@@ -149,14 +149,15 @@ class FakeExecutor:
         return self.processes.get(folder, "absent")
 
     def identity(self, folder: Path) -> ProcessIdentity | None:
-        if folder not in self.processes:
+        if folder not in self.starts:
             return None
         number = self.starts.index(folder) + 1
         return ProcessIdentity(pid=number, started_at=float(number), owner=self.owners[folder])
 
     def stop(self, owner: str, folder: Path, *, kill: bool = False) -> None:
         self.stopped.append((folder, kill))
-        if folder in self.processes and (kill or not self.ignores_stop):
+        # What was not started yet can no longer be, as with the real one.
+        if self.processes.get(folder, "absent") == "absent" or kill or not self.ignores_stop:
             self.processes[folder] = "ended"
 
     def last_lines(self, folder: Path, count: int = 20) -> list[str]:

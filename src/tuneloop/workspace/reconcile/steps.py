@@ -121,26 +121,28 @@ class Pipelines:
 
     def _end_running(self, record: JobRecord, steps: dict[str, StepRecord]) -> None:
         for name, step in steps.items():
-            if step.state is StepState.RUNNING and self._attempt_has_stopped(step):
-                steps[name] = self._end_step(step, StepState.CANCELED, "another step failed")
+            if step.state is StepState.RUNNING:
+                steps[name] = self._stop_step(step, "another step failed")
 
     def _cancel(self, record: JobRecord, steps: dict[str, StepRecord]) -> None:
         for name, step in steps.items():
-            if step.state is StepState.PENDING or (
-                step.state is StepState.RUNNING and self._attempt_has_stopped(step)
-            ):
+            if step.state is StepState.PENDING:
                 steps[name] = self._end_step(step, StepState.CANCELED, "the job was cancelled")
+            elif step.state is StepState.RUNNING:
+                steps[name] = self._stop_step(step, "the job was cancelled")
         if all(step.state in STEP_ENDED for step in steps.values()):
             self._move_job(record, JobState.CANCELED)
 
-    def _attempt_has_stopped(self, step: StepRecord) -> bool:
+    def _stop_step(self, step: StepRecord, reason: str) -> StepRecord:
+        """One push towards the end of its attempt; the step ends with it, in one write."""
         attempt = self._latest(step)
         if attempt is None or attempt.state in ATTEMPT_ENDED:
-            return True
+            return self._end_step(step, StepState.CANCELED, reason)
         if not self._stopper.is_stopped(self._owner(attempt), self._files.folder(attempt.folder)):
-            return False
-        self._move_attempt(attempt, AttemptState.CANCELED)
-        return True
+            return step
+        with self._store.transaction():
+            self._move_attempt(attempt, AttemptState.CANCELED, finished_at=self._clock.now())
+            return self._end_step(step, StepState.CANCELED, reason)
 
     # ------------------------------------------------------------ a step that waits
 
