@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-gpu check format docs clean
+.PHONY: help demo test test-slow check format docs clean
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,9 +25,6 @@ test: $(INSTALLED)  ## the whole test suite, fast tests first
 
 test-slow: $(INSTALLED)  ## what takes too long for every change
 	$(BIN)/python -m pytest tests -m slow
-
-test-gpu: $(INSTALLED)  ## on a machine with a CUDA device
-	$(BIN)/python -m pytest tests -m gpu
 
 check: $(INSTALLED)  ## style, types and the architecture
 	$(BIN)/ruff check src tests benchmarks
