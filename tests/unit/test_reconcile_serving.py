@@ -164,6 +164,22 @@ def test_a_replica_that_never_answers_is_tried_with_growing_pauses_and_then_give
     assert world.replica_states() == ["failed"] * 3
 
 
+def test_rounds_are_frequent_only_while_something_is_on_its_way(world: World) -> None:
+    world.tick(2)
+    assert not world.reconciler.is_busy()
+    world.deploy()
+    assert world.reconciler.is_busy()
+    world.tick()
+    router = world.files.folder("services/router/1")
+    router.mkdir(parents=True)
+    (router / "ready.json").write_text(json.dumps({"address": "http://127.0.0.1:1", "at": NOW.isoformat()}))
+    world.answer()
+    world.tick(2)
+    assert not world.reconciler.is_busy()
+    world.endpoints.delete("chat")
+    assert world.reconciler.is_busy()
+
+
 def test_two_reconcilers_start_each_replica_once(world: World) -> None:
     world.deploy(replicas=4)
     other = world.another_reconciler()

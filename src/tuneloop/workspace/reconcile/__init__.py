@@ -28,6 +28,10 @@ from tuneloop.workspace.reconcile.steps import Pipelines
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
+"""While something is on its way."""
+
+QUIET_TICK_SECONDS = 1.0
+"""While nothing is: often enough to notice within a second that a process died."""
 
 
 class Reconciler:
@@ -59,8 +63,12 @@ class Reconciler:
         """Rounds until `stop`, at once after `wake`."""
         while not self._stopping.is_set():
             self.tick()
-            self._wake.wait(TICK_SECONDS)
+            self._wake.wait(TICK_SECONDS if self.is_busy() else QUIET_TICK_SECONDS)
             self._wake.clear()
+
+    def is_busy(self) -> bool:
+        """Whether a job is open, or something of an endpoint is starting or stopping."""
+        return self.pipelines.is_busy() or self.serving.is_busy() or self.services.is_busy()
 
     def wake(self) -> None:
         self._wake.set()

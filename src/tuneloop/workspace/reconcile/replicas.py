@@ -79,6 +79,13 @@ class Serving:
                 self._note(endpoint.name, "deleted")
         self._write_routes()
 
+    def is_busy(self) -> bool:
+        moving = [DeploymentState.CREATING, DeploymentState.DELETING]
+        return bool(
+            self._store.list(DeploymentRecord, states=moving, limit=1)
+            or self._store.list(EndpointRecord, states=[EndpointState.DELETING], limit=1)
+        )
+
     def stop_all(self, *, kill: bool = False) -> bool:
         """Push every replica's process towards its end; True when none is left. Deployments stay wanted."""
         done = True

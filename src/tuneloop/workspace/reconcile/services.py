@@ -52,6 +52,9 @@ class Services:
         self._keep("tracker", wanted=True)
         self._keep("router", wanted=has_endpoints)
 
+    def is_busy(self) -> bool:
+        return bool(self._store.list(ServiceRecord, states=[ServiceState.CLAIMED], limit=1))
+
     def stop_all(self, *, kill: bool = False) -> bool:
         done = True
         for record in self._store.list(ServiceRecord):

@@ -77,6 +77,9 @@ class Pipelines:
             except Exception:
                 log.exception("job %s: this round failed; the next one tries again", record.key)
 
+    def is_busy(self) -> bool:
+        return bool(self._store.list(JobRecord, states=OPEN, limit=1))
+
     def stop_all(self, *, kill: bool = False) -> bool:
         """Push every attempt's process towards its end; True when none is left."""
         done = True
