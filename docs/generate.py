@@ -276,6 +276,7 @@ def _walk(
         terminal_width=WIDTH,
         max_content_width=WIDTH,
         color=False,
+        help_option_names=command_line.context_settings["help_option_names"],
     )
     yield path, command, context
     if isinstance(command, click.Group):

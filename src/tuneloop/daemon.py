@@ -128,7 +128,7 @@ def _did_not_start(log_path: Path, begin: int) -> ServerUnreachable:
     with open(log_path, "rb") as handle:
         handle.seek(begin)
         lines = handle.read().decode("utf-8", "replace").strip().splitlines()
-    reason = lines[-1] if lines else "it said nothing"
+    reason = lines[-1].removeprefix("error: ") if lines else "it said nothing"
     return ServerUnreachable(
         f"The server did not start: {reason}", next_move=f"Its log: {log_path}. Also try: tuneloop doctor"
     )
@@ -146,6 +146,11 @@ def prepare_home(settings: Settings) -> Path:
         _secret_file(home / "token", secrets.token_urlsafe(32))
         _secret_file(home / "secret", secrets.token_hex(32))
         _secret_file(home / "home.json", json.dumps({"id": secrets.token_hex(8), "format": 1}))
+    except (FileExistsError, NotADirectoryError):
+        raise HomeUnusable(
+            f"The home {home} is not a folder, or lies in what is none.",
+            next_move="Choose a folder with TUNELOOP_HOME.",
+        ) from None
     except OSError as broken:
         raise HomeUnusable(
             f"The home {home} cannot be written: {broken.strerror}.",

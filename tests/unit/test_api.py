@@ -164,6 +164,38 @@ def test_what_would_be_ignored_or_unsafe_in_a_submission_is_refused(
     assert api.get("/api/jobs").json() == []
 
 
+@pytest.mark.parametrize("address", ["/api/recipes/resolve", "/api/jobs"])
+def test_a_compute_or_an_experiment_that_cannot_be_is_refused_by_a_dry_run_too(
+    api: TestClient, tmp_path: Path, address: str
+) -> None:
+    elsewhere = api.post(address, json=submission(tmp_path, overrides={"compute": "gpu"}))
+    assert elsewhere.status_code == 404
+    assert elsewhere.json()["error"]["message"] == "There is no compute 'gpu'."
+    assert api.post(address, json=submission(tmp_path, experiment="a b")).status_code == 400
+    assert api.get("/api/jobs").json() == []
+
+
+def test_a_question_without_facts_is_refused_before_anything_starts(api: TestClient, tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"id": "a", "question": "Why?"}\n')
+    body = submission(tmp_path, overrides={"data.questions": "asked.jsonl"})
+    answer = api.post("/api/jobs", json=body)
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert "asked.jsonl line 1: facts: found nothing (rule question)." in error["message"]
+    assert error["details"][0]["field"] == "facts"
+    assert api.get("/api/jobs").json() == []
+
+
+@pytest.mark.parametrize("limit", ["0", "9" * 30, "x"])
+def test_a_limit_that_makes_no_sense_is_a_usage_error(api: TestClient, limit: str) -> None:
+    assert api.get("/api/jobs", params={"limit": limit}).status_code == 400
+
+
+def test_a_mistake_in_a_card_is_told_with_its_file(api: TestClient) -> None:
+    error = api.post("/api/cards", json={"text": "words", "path": "mine.yaml"}).json()["error"]
+    assert error["message"].startswith("mine.yaml line 1: ")
+
+
 def test_a_file_that_is_not_there_is_named_with_where_it_was_looked_for(
     api: TestClient, tmp_path: Path
 ) -> None:

@@ -99,10 +99,18 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(tmp_pa
     assert (found.slots, found.max_attempts, found.port) == (3, 5, 0)
 
 
-@pytest.mark.parametrize("text", ["slotz: 2\n", "- 1\n", "slots: many\n"])
+@pytest.mark.parametrize(
+    "text", ["slotz: 2\n", "- 1\n", "slots: many\n", "slots: 0\n", "port: 65536\n", "port: [1\n"]
+)
 def test_settings_that_cannot_be_obeyed_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(errors.UsageError):
+        settings.load({}, home=tmp_path)
+
+
+def test_a_settings_file_that_is_not_text_is_refused_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(errors.UsageError, match=r"settings\.yaml cannot be read"):
         settings.load({}, home=tmp_path)
 
 

@@ -219,8 +219,9 @@ def test_a_deployment_with_traffic_is_not_deleted_and_one_without_is(world: Worl
     world.deploy()
     world.deploy("green")
     world.endpoints.set_traffic("chat", {"blue": 100})
-    with pytest.raises(InvalidState, match="100 %"):
+    with pytest.raises(InvalidState, match="100 %") as refused:
         world.endpoints.delete_deployment("chat", "blue")
+    assert refused.value.next_move == "First: tuneloop endpoints traffic chat green=100"
     world.endpoints.delete_deployment("chat", "green")
     world.tick(2)
     assert [one.name for one in world.store.list(DeploymentRecord)] == ["blue"]

@@ -243,8 +243,8 @@ def test_a_question_is_right_when_every_fact_is_said_in_one_of_its_wordings(repl
 @pytest.mark.parametrize(
     ("line", "field"),
     [
-        ("{", "the line"),
-        ("[]", "the line"),
+        ("{", "found"),
+        ("[]", "found"),
         ('{"question": "x", "facts": [["y"]]}', "id"),
         ('{"id": "a", "question": " ", "facts": [["y"]]}', "question"),
         ('{"id": "a", "question": "x", "facts": []}', "facts"),

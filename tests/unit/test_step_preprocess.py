@@ -187,7 +187,9 @@ def test_a_row_that_the_template_refuses_is_reported(
         "{% endif %}" + template.read_text()
     )
     row = {"messages": [{"role": "system", "content": "s"}, *talk(0)["messages"]]}
-    with pytest.raises(DataError, match=r"line 1: messages: template: .*System role not supported"):
+    with pytest.raises(
+        DataError, match=r"line 1: messages: found roles system.*System role not supported \(rule template\)"
+    ):
         run(tmp_path / "step", folder, {**files, "test": write(tmp_path / "s.jsonl", [row])})
 
 

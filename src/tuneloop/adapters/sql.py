@@ -127,7 +127,9 @@ class SqlStore:
     def get(self, kind: type[R], key: str) -> R:
         found = self.find(kind, key)
         if found is None:
-            raise NotFound(f"There is no {kind.kind} '{key}'.", next_move=did_you_mean(key, self._keys(kind)))
+            known = self._keys(kind)
+            near = did_you_mean(key, known) if known else f"There is no {kind.kind} yet."
+            raise NotFound(f"There is no {kind.kind} '{key}'.", next_move=near or "List what there is.")
         return found
 
     def list(

@@ -5,6 +5,21 @@ Nothing here knows the workspace or an adapter; the server is found and started 
 else goes over HTTP by `client`.
 """
 
-from tuneloop.cli.root import main
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and leave the process with its exit code."""
+    try:
+        # Here and not at the top: Ctrl-C while Python loads a command is told in a word, too.
+        root = importlib.import_module("tuneloop.cli.root")
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    root.main(arguments)

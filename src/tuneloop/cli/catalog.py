@@ -84,7 +84,7 @@ def add_(card: Path, as_json: bool) -> None:
         text = card.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{card} is not a text file: {error.reason} at byte {error.start}.") from error
-    added = session.connect().client.add_card(text)
+    added = session.connect().client.add_card(text, str(card))
     if as_json:
         output.print_json(added)
     else:

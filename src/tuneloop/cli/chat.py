@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuneloop.cli import failures, output, session
+from tuneloop.cli import failures, output, session, words
 from tuneloop.core.errors import TuneloopError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ COMMANDS = "/quit leaves, /reset forgets what was said, /help says this."
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest reply.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(0, 2),
+    type=words.FiniteRange(0, 2),
     default=0.0,
     show_default=True,
     help="0: the likeliest words.",
@@ -97,7 +97,8 @@ def _talk(conversation: Conversation, read: Callable[[], str]) -> None:
         try:
             text = read().strip()
         except (EOFError, KeyboardInterrupt):
-            output.note("")
+            if sys.stdin.isatty():
+                output.note("")
             return
         if text == "/quit":
             return

@@ -136,7 +136,10 @@ def check_torch() -> Check:
     if version is None:
         return Check("torch", "fail", "not installed", _how_to_install())
     try:
-        asked = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=120)
+        # In a folder that is surely there: the person's may have been deleted.
+        asked = subprocess.run(
+            [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=120, cwd=sys.prefix
+        )
         answer = json.loads(asked.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         return Check(
@@ -152,6 +155,8 @@ def check_torch() -> Check:
 def check_home(home: Path) -> Check:
     if not home.exists():
         parent = next(folder for folder in home.parents if folder.exists())
+        if not parent.is_dir():
+            return Check("home", "fail", f"{parent} is not a folder", "Set TUNELOOP_HOME to a folder.")
         if not os.access(parent, os.W_OK):
             return Check(
                 "home", "fail", f"{parent} is not writable", "Set TUNELOOP_HOME to a folder of yours."
@@ -167,7 +172,7 @@ def check_home(home: Path) -> Check:
         name for name in ("token", "secret") if (home / name).exists() and _others_may_read(home / name)
     ]
     if open_files:
-        paths = " ".join(str(home / name) for name in open_files)
+        paths = " ".join(shlex.quote(str(home / name)) for name in open_files)
         return Check(
             "home", "fail", f"others may read {' and '.join(open_files)} in {home}", f"chmod 600 {paths}"
         )
@@ -272,7 +277,7 @@ def check_server(find: Callable[[], Session | None]) -> Check:
 def check_mlflow(uri: str) -> Check:
     if not uri.startswith("sqlite:///"):
         return Check("mlflow", "ok", f"a server of yours: {urlsplit(uri).hostname or uri}")
-    path = Path(unquote(uri.removeprefix("sqlite:///")))
+    path = mlflow_database(uri)
     if not path.exists():
         return Check("mlflow", "ok", "no database yet; the tracker makes it")
     try:
@@ -281,6 +286,11 @@ def check_mlflow(uri: str) -> Check:
     except sqlite3.Error as error:
         return Check("mlflow", "fail", f"{path}: {error}", "Restore it from a backup of the home.")
     return Check("mlflow", "ok", f"{path}, schema {version}, {runs} runs")
+
+
+def mlflow_database(uri: str) -> Path:
+    """The file behind `sqlite:///...`."""
+    return Path(unquote(uri.removeprefix("sqlite:///")))
 
 
 def check_hub(environment: dict[str, str]) -> Check:

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuneloop.cli import demo_text, deployments, endpoints, live, output, run, session, streaming
+from tuneloop.cli import (
+    demo_text,
+    deployments,
+    endpoints,
+    live,
+    output,
+    processes,
+    run,
+    session,
+    streaming,
+)
 from tuneloop.core.errors import NotFound, TuneloopError
 from tuneloop.core.states import JOB_ENDED, DeploymentState, EndpointState, JobState
 
@@ -121,9 +131,11 @@ def _go_on(demo: Demo, job: JobView, as_json: bool) -> int:
                 "seconds": output.between(step["started_at"], step["finished_at"])
                 if step["started_at"]
                 else 0.0,
+                "peak_memory_bytes": step["peak_memory_bytes"],
             }
             for step in job["steps"]
         },
+        "processes": _processes(demo.connection),
         "job": job["name"],
         "evaluation": evaluation,
         "quality_note": note,
@@ -143,6 +155,13 @@ def _go_on(demo: Demo, job: JobView, as_json: bool) -> int:
     return 0
 
 
+def _processes(connection: Session) -> list[dict[str, Any]]:
+    """Server, tracker, router and the demo's replicas, with the most memory that each has held."""
+    found = processes.measure(connection.settings.home, connection, connection.client.status())
+    others = [one for one in found if not one["name"].startswith("replica ")]
+    return others + [one for one in found if one["name"].startswith(f"replica {ENDPOINT}/")]
+
+
 def unfinished(connection: Session, submission: Submission) -> JobView | None:
     """An equal job that an interrupted demo left running: following it is better than a second one."""
     wanted = connection.client.resolve(submission)
@@ -159,7 +178,8 @@ def _watch(demo: Demo, job: JobView, as_json: bool) -> JobView:
     demo.tell(f"  job {job['name']}: {job['display_name']}")
     for warning in job["warnings"]:
         demo.tell(f"  warning: {warning}")
-    return live.follow(demo.connection, job["name"], stream=sys.stderr if as_json else sys.stdout)
+    stream = sys.stderr if as_json else sys.stdout
+    return live.follow(demo.connection, job["name"], stream=stream, told=job["warnings"])
 
 
 def read_evaluation(connection: Session, job: JobView) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def tell_summary(summary: Mapping[str, Any]) -> None:
     """What was done in how long, what changed, where things are, and how to go on."""
     output.say("\nSummary")
     _tell_times(summary)
+    _tell_memory(summary)
     evaluation = summary["evaluation"]
     loss = f"{output.number(evaluation['base']['loss'])} -> {output.number(evaluation['tuned']['loss'])}"
     output.say(f"  test loss: {loss} (base -> tuned{_said(summary['quality_note'], ', base ')})")
@@ -120,8 +121,18 @@ def _tell_times(summary: Mapping[str, Any]) -> None:
         output.say(f"  {title:<34} {output.duration(seconds):>8}")
         if title.startswith("tune"):
             for name, step in summary["steps"].items():
-                output.say(f"    {name:<32} {_step_time(step):>8}")
+                peak = output.size(step["peak_memory_bytes"])
+                output.say(f"    {name:<32} {_step_time(step):>8}{f'   peak memory {peak}' if peak else ''}")
     output.say(f"  {'in all':<34} {output.duration(sum(summary['seconds'].values())):>8}")
+
+
+def _tell_memory(summary: Mapping[str, Any]) -> None:
+    measured = [
+        f"{one['name']} {output.size(one['peak_memory_bytes'])}"
+        for one in summary["processes"]
+        if one["peak_memory_bytes"] is not None
+    ]
+    output.say(f"  peak memory: {', '.join(measured) or 'not known'}")
 
 
 def _step_time(step: Mapping[str, Any]) -> str:

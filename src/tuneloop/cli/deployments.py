@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tuneloop.cli import output, session
+from tuneloop.cli import endpoints, output, session, words
 from tuneloop.core.errors import NotFound, StepFailed, Unavailable, UsageError
 from tuneloop.core.states import DeploymentState
 
@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 READY_SECONDS = 900.0
 """A large model may take minutes to load; after this `create` stops waiting, the deployment goes on."""
 
+ROUTED_SECONDS = 30.0
+"""The router reads new routes within moments."""
+
 GONE_SECONDS = 60.0
 """Replicas get this long to end before `delete` says that they have not."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 endpoint_option = click.option(
     "--endpoint", required=True, metavar="E", help="The endpoint it stands behind."
@@ -50,11 +56,11 @@ def deployments_() -> None:
     help="A registered model, or base:NAME for a base model that a job imported.",
 )
 @click.option(
-    "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Processes that serve it."
+    "--replicas", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that serve it."
 )
 @click.option(
     "--request-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=words.FiniteRange(0, 3600, min_open=True),
     default=90.0,
     show_default=True,
     metavar="SECONDS",
@@ -74,7 +80,7 @@ def create_(
     traffic: int | None,
     no_wait: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Deploy a model behind an endpoint, and wait until it answers.
 
     With --traffic 100 the other deployments get nothing any more; a smaller share must fit beside theirs.
@@ -92,18 +98,36 @@ def create_(
     connection = session.connect()
     shares = _shares(connection, endpoint, name, traffic)
     made = connection.client.create_deployment(endpoint, name, model, replicas, request_timeout)
-    if not no_wait:
-        made = wait_ready(connection, endpoint, name)
-    if shares is not None:
-        connection.client.set_traffic(endpoint, shares)
+    try:
+        if not no_wait:
+            made = wait_ready(connection, endpoint, name)
+        if shares is not None:
+            connection.client.set_traffic(endpoint, shares)
+        if not no_wait:
+            wait_until_routed(connection, endpoint, name)
+    except KeyboardInterrupt:
+        _tell_interrupted(endpoint, name, traffic)
+        return INTERRUPTED
     if as_json:
         output.print_json(made)
-        return
+        return 0
     output.say(f"Deployment {endpoint}/{name} of {model} is {made['state']}.")
+    if not no_wait:
+        output.say(f"  its address: {connection.client.endpoint(endpoint)['openai_base_url']}")
     if traffic:
         output.say(f"  talk to it:  {session.program()} chat {endpoint}")
     else:
         output.say(f"  talk to it:  {session.program()} chat {endpoint} --deployment {name}")
+    return 0
+
+
+def _tell_interrupted(endpoint: str, name: str, traffic: int | None) -> None:
+    output.note(f"\nStopped waiting: deployment {endpoint}/{name} goes on loading.")
+    output.note(f"  look at it:   {session.program()} deployments list --endpoint {endpoint}")
+    if traffic is not None:
+        share = f"endpoints traffic {endpoint} {name}={traffic}"
+        output.note(f"  its traffic was not set; when it is ready:  {session.program()} {share}")
+    output.note(f"  take it down: {session.program()} deployments delete {name} --endpoint {endpoint}")
 
 
 def _shares(connection: Session, endpoint: str, name: str, traffic: int | None) -> dict[str, int] | None:
@@ -143,6 +167,25 @@ def wait_ready(connection: Session, endpoint: str, name: str, *, quiet: bool = F
         f"Deployment {endpoint}/{name} is not ready after {READY_SECONDS:.0f} s; it goes on loading.",
         next_move=f"Look at it with: {session.program()} deployments logs {name} --endpoint {endpoint}",
     )
+
+
+def wait_until_routed(connection: Session, endpoint: str, name: str) -> None:
+    """Until the router knows the deployment. Raises `Unavailable` when it does not come to know it."""
+    endpoints.wait_for_address(connection, endpoint)
+    give_up = time.monotonic() + ROUTED_SECONDS
+    while True:
+        try:
+            if name in session.endpoint_client(connection, endpoint).models():
+                return
+            problem = None
+        except (Unavailable, NotFound) as error:
+            problem = error
+        if time.monotonic() > give_up:
+            raise problem or Unavailable(
+                f"Deployment {endpoint}/{name} is ready, but the router does not know it yet.",
+                next_move=f"Look at it with: {session.program()} status",
+            )
+        time.sleep(0.1)
 
 
 def _replica_text(deployment: DeploymentView) -> str:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _NO_REPLICA: ReplicaView = {"number": 0, "state": "", "address": None, "error": None}
 
+ADDRESS_SECONDS = 15.0
+"""The router starts with the first endpoint and takes a second or two."""
+
 GONE_SECONDS = 60.0
 """Replicas get this long to end before `delete` says that they have not."""
 
@@ -52,12 +55,17 @@ def create_(name: str, description: str, tags: Sequence[str], as_json: bool) -> 
       tuneloop endpoints create support --description "answers about orders"
     """
     marks = words.assignments(tags, "--tag")
-    endpoint = session.connect().client.create_endpoint(name, description, marks)
+    connection = session.connect()
+    connection.client.create_endpoint(name, description, marks)
+    endpoint = wait_for_address(connection, name)
     if as_json:
         output.print_json(endpoint)
         return
-    address = endpoint["openai_base_url"]
-    output.say(f"Created endpoint {name}" + (f" at {address}" if address else "."))
+    if endpoint["openai_base_url"]:
+        output.say(f"Created endpoint {name} at {endpoint['openai_base_url']}")
+    else:
+        output.say(f"Created endpoint {name}; it has no address yet: {_why_no_address(connection)}")
+        output.say(f"  its address:  {session.program()} endpoints show {name}")
     command = f"deployments create blue --endpoint {name} --model NAME:VERSION --traffic 100"
     output.say(f"  next:  {session.program()} {command}")
 
@@ -102,14 +110,17 @@ def show_(name: str, as_json: bool) -> None:
     Example:
       tuneloop endpoints show demo
     """
-    endpoint = session.connect().client.endpoint(name)
+    connection = session.connect()
+    endpoint = connection.client.endpoint(name)
     if as_json:
         output.print_json(endpoint)
         return
+    has_address = endpoint["openai_base_url"] is not None
     output.pairs(
         {
             "endpoint": endpoint["name"],
             "state": endpoint["state"],
+            "no address yet": None if has_address else _why_no_address(connection),
             "description": endpoint["description"],
             "tags": endpoint["tags"],
             "OpenAI base URL": endpoint["openai_base_url"],
@@ -223,6 +234,24 @@ def delete_(name: str, as_json: bool) -> None:
         output.print_json({"deleted": name})
     else:
         output.say(f"Deleted endpoint {name}.")
+
+
+def wait_for_address(connection: Session, endpoint: str) -> EndpointView:
+    """The endpoint, with its address unless the router has none after `ADDRESS_SECONDS`."""
+    give_up = time.monotonic() + ADDRESS_SECONDS
+    found = connection.client.endpoint(endpoint)
+    while found["openai_base_url"] is None and time.monotonic() < give_up:
+        time.sleep(0.1)
+        found = connection.client.endpoint(endpoint)
+    return found
+
+
+def _why_no_address(connection: Session) -> str:
+    """What keeps the router, which has the endpoints' port."""
+    for service in connection.client.status()["services"]:
+        if service["name"] == "router" and service.get("error"):
+            return str(output.clean(service["error"]["message"]))
+    return "the router is starting."
 
 
 def wait_gone(connection: Session, name: str) -> None:

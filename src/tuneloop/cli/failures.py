@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import click
 
 from tuneloop.cli import session
-from tuneloop.core.errors import Internal, TuneloopError
+from tuneloop.core.errors import Internal, TuneloopError, Unavailable, UsageError
 
 _COMMAND = re.compile(r"(?<![\w/.-])tuneloop(?= [a-z])")
 
@@ -67,7 +68,7 @@ def _mistake(detail: Any) -> str | None:
 
 
 def _finding(detail: Mapping[str, Any]) -> str:
-    """`train.jsonl line 6: messages[0].role: found "usr" (rule role_known). Use one of system, user, assistant.`"""
+    """`a.jsonl line 6: messages[0].role: found "usr" (rule role_known). Use one of system, user.`"""
     line = f"line {detail['line']}" if detail.get("line") is not None else None
     place = " ".join(str(part) for part in (detail.get("file"), line) if part)
     found = f"found {_short(detail['value'])} " if detail.get("value") is not None else ""
@@ -98,9 +99,31 @@ def show_usage(error: click.ClickException, as_json: bool) -> int:
 
 
 def as_typed_here(text: str) -> str:
-    """`text` with the commands in it as they are typed from here (`tuneloop run` as `.venv/bin/tuneloop run`)."""
+    """`text` with its commands as they are typed from here: `.venv/bin/tuneloop run` for `tuneloop run`."""
     program = session.program()
     return text if program == "tuneloop" else _COMMAND.sub(lambda _: program, text)
+
+
+def of_this_machine(error: Exception) -> TuneloopError | None:
+    """What is no defect but this shell's folder or disk; None for anything else."""
+    if isinstance(error, FileNotFoundError) and _is_folder_gone():
+        return UsageError(
+            "The folder that this shell is in was deleted.", next_move="Change to another: cd ~"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Unavailable(
+            f"{error.filename or 'The output'} cannot be written: {error.strerror}.",
+            next_move="Free some space, or write to another disk.",
+        )
+    return None
+
+
+def _is_folder_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def defect(error: Exception) -> Internal:

@@ -14,8 +14,10 @@ from tuneloop.core.names import did_you_mean
 from tuneloop.core.states import STEP_ENDED
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tuneloop.client import Client
-    from tuneloop.client.views import JobView, LogPage
+    from tuneloop.client.views import JobView, LogPage, StepView
 
 FOLLOW_SECONDS = 0.5
 
@@ -37,7 +39,9 @@ def jobs_() -> None:
 
 @jobs_.command("list")
 @click.option("--experiment", metavar="NAME", help="Only the jobs of this experiment.")
-@click.option("--limit", type=click.IntRange(1, 1_000_000), default=20, show_default=True, help="At most so many.")
+@click.option(
+    "--limit", type=click.IntRange(1, 1_000_000), default=20, show_default=True, help="At most so many."
+)
 @output.json_option
 def list_(experiment: str | None, limit: int, as_json: bool) -> None:
     """List jobs, newest first.
@@ -105,27 +109,48 @@ def show_(name: str, verbose: bool, as_json: bool) -> None:
 
 
 def _tell_steps(job: JobView) -> None:
-    rows = []
-    for step in job["steps"]:
-        taken = output.between(step["started_at"], step["finished_at"]) if step["started_at"] else None
-        figures = "  ".join(output.figure(name, value) for name, value in step["metrics"].items())
-        notes = [f"warning: {warning}" for warning in step["warnings"]]
-        if step["error"]:
-            notes.append(step["error"]["message"])
-        elif step["state"] not in ("succeeded", "running"):
-            notes.append(live.state_text(step) if step["state"] == "reused" else step["reason"] or "")
-        rows.append(
-            (
-                step["name"],
-                step["state"],
-                output.duration(taken),
-                step["attempts"],
-                output.clean("  ".join(filter(None, [figures, *notes]))),
-            )
+    """The graph of steps, then what each of them measured, warned of or failed with."""
+    rows = [
+        (
+            step["name"],
+            ", ".join(step["depends_on"]),
+            step["state"],
+            output.duration(output.between(step["started_at"], step["finished_at"]))
+            if step["started_at"]
+            else "",
+            output.size(step["peak_memory_bytes"]),
+            _note(step),
         )
-    output.table(("STEP", "STATE", "TIME", "ATTEMPTS", "RESULT"), rows)
+        for step in job["steps"]
+    ]
+    output.table(("STEP", "AFTER", "STATE", "TIME", "PEAK MEMORY", "NOTE"), rows)
+    warnings = live.Warnings(job["warnings"])
+    told = [(step["name"], text) for step in job["steps"] for text in _results(step, warnings)]
+    if told:
+        output.say()
+    for name, text in told:
+        output.say(f"{name}: {output.clean(text)}")
+    output.say()
     for name, made in job["outputs"].items():
         output.say(f"output {name}: {made['path'] or made['digest'] or 'not made'}")
+
+
+def _note(step: StepView) -> str:
+    """Where a step's outputs come from, or why it is in its state; attempts when there were several."""
+    attempts = [f"{step['attempts']} attempts"] if step["attempts"] > 1 else []
+    if step["state"] == "reused":
+        return f"reused from {step['reused_from']}" if step["reused_from"] else ""
+    why = step["reason"] if step["state"] not in ("succeeded", "running") and not step["error"] else None
+    return output.clean(", ".join(attempts + ([why] if why else [])))
+
+
+def _results(step: StepView, warnings: live.Warnings) -> Iterator[str]:
+    if step["metrics"]:
+        yield "  ".join(output.figure(name, value) for name, value in step["metrics"].items())
+    for warning in warnings.of_step(step):
+        yield f"warning: {warning}"
+    if step["error"]:
+        yield step["error"]["message"]
 
 
 @jobs_.command("stream")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -40,10 +40,34 @@ class View(Protocol):
     def say(self, text: str) -> None: ...
 
 
-def follow(session: Session, name: str, *, stream: TextIO | None = None) -> JobView:
-    """Show a job until it has ended, and return it. `KeyboardInterrupt` leaves the job running."""
+class Warnings:
+    """What a job warns of, each sentence once: a step repeats what was said of its parameters at submission.
+
+    `told` are sentences that the person has read already.
+    """
+
+    def __init__(self, told: Iterable[str] = ()) -> None:
+        self._told = set(told)
+
+    def of_job(self, job: JobView) -> list[str]:
+        return [warning for warning in job["warnings"] if self._is_new(warning)]
+
+    def of_step(self, step: StepView) -> list[str]:
+        return [warning for warning in step["warnings"] if self._is_new(warning, f"{step['name']}.")]
+
+    def _is_new(self, warning: str, prefix: str = "") -> bool:
+        is_new = self._told.isdisjoint((warning, prefix + warning))
+        self._told.update((warning, prefix + warning))
+        return is_new
+
+
+def follow(session: Session, name: str, *, stream: TextIO | None = None, told: Iterable[str] = ()) -> JobView:
+    """Show a job until it has ended, and return it. `KeyboardInterrupt` leaves the job running.
+
+    `told` are warnings that have been shown.
+    """
     target = stream or sys.stdout
-    with view_for(target) as view:
+    with view_for(target, told) as view:
         for page in pages(session, name, view.say):
             view.show(page)
     return page["job"]
@@ -74,8 +98,8 @@ def pages(session: Session, name: str, say: Callable[[str], None]) -> Iterator[P
         time.sleep(POLL_SECONDS)
 
 
-def view_for(stream: TextIO) -> AbstractContextManager[View]:
-    return TerminalView(stream) if stream.isatty() else PlainView(stream)
+def view_for(stream: TextIO, told: Iterable[str] = ()) -> AbstractContextManager[View]:
+    return TerminalView(stream, told=told) if stream.isatty() else PlainView(stream, told=told)
 
 
 def stage_text(line: ProgressView, *, percent: bool = False) -> str:
@@ -115,14 +139,16 @@ def state_text(step: StepView) -> str:
 class PlainView(AbstractContextManager["PlainView"]):
     """Lines for a file, a pipe or a log: `00:42  finetune  training  120/600 steps  loss 2.31 ...`."""
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO, clock: Callable[[], float] = time.monotonic, told: Iterable[str] = ()
+    ) -> None:
         self._stream = stream
         self._clock = clock
         self._began = clock()
         self._states: dict[str, tuple[str, int]] = {}
         self._stages: dict[str, str] = {}
         self._told: dict[str, float] = {}
-        self._warned: set[str] = set()
+        self._warnings = Warnings(told)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -137,6 +163,8 @@ class PlainView(AbstractContextManager["PlainView"]):
         for line in page["lines"]:
             newest.pop((line["step"], line["stage"]), None)
             newest[line["step"], line["stage"]] = line
+        for warning in self._warnings.of_job(page["job"]):
+            self.say(f"warning: {output.clean(warning)}")
         for step in page["job"]["steps"]:
             lines = [line for (name, _), line in newest.items() if name == step["name"]]
             if step["state"] in STEP_ENDED:
@@ -153,10 +181,8 @@ class PlainView(AbstractContextManager["PlainView"]):
             again = f" (attempt {step['attempts']})" if step["attempts"] > 1 else ""
             self._line(step, state_text(step) + (again if step["state"] == "running" else ""))
         self._states[name] = state
-        for warning in step["warnings"]:
-            if f"{name}: {warning}" not in self._warned:
-                self._warned.add(f"{name}: {warning}")
-                self._line(step, f"warning: {warning}")
+        for warning in self._warnings.of_step(step):
+            self._line(step, f"warning: {warning}")
 
     def _show_lines(self, step: StepView, lines: list[ProgressView]) -> None:
         now = self._clock()
@@ -175,10 +201,10 @@ class PlainView(AbstractContextManager["PlainView"]):
 class TerminalView(AbstractContextManager["TerminalView"]):
     """One row per step, drawn over itself while the job runs; the last drawing stays."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, told: Iterable[str] = ()) -> None:
         self._console = output.console(stderr=stream is sys.stderr)
         self._progress: dict[str, ProgressView] = {}
-        self._warned: set[str] = set()
+        self._warnings = Warnings(told)
         self._live: Live | None = None
 
     def __enter__(self) -> TerminalView:
@@ -200,11 +226,11 @@ class TerminalView(AbstractContextManager["TerminalView"]):
     def show(self, page: ProgressPage) -> None:
         for line in page["lines"]:
             self._progress[line["step"]] = line
+        for warning in self._warnings.of_job(page["job"]):
+            self.say(f"warning: {output.clean(warning)}")
         for step in page["job"]["steps"]:
-            for warning in step["warnings"]:
-                if f"{step['name']}: {warning}" not in self._warned:
-                    self._warned.add(f"{step['name']}: {warning}")
-                    self.say(f"warning: {step['name']}: {output.clean(warning)}")
+            for warning in self._warnings.of_step(step):
+                self.say(f"warning: {step['name']}: {output.clean(warning)}")
         if self._live is not None:
             self._live.update(self._drawing(page["job"]))
 

@@ -14,11 +14,23 @@ from pathlib import Path
 
 import click
 
-from tuneloop.cli import output, session
+from tuneloop.cli import checks, output, session
 from tuneloop.core import settings as settings_module
-from tuneloop.core.errors import PortTaken, StepFailed
+from tuneloop.core.errors import NotFound, PortTaken, StepFailed
+
+ENVIRONMENT = {
+    # Nothing about this workspace is told to anybody.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    # Job execution would start eight more processes that a reader of pages has no use for.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+"""What MLflow's server gets besides the environment of the command."""
 
 START_SECONDS = 120.0
+DATABASE_SECONDS = 60.0
+"""The tracker makes the database when the background server starts; that takes it some seconds."""
 STOP_SECONDS = 20.0
 
 
@@ -43,8 +55,8 @@ def mlflow_(port: int) -> int:
         output.say(f"This workspace writes to an MLflow server of yours: {uri}")
         return 0
     refuse_taken(port)
+    wait_for_database(uri)
     folder = settings.home / "mlflow"
-    folder.mkdir(parents=True, exist_ok=True)
     output.note(f"Starting MLflow on {uri} ...")
     for sign in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, _interrupt)
@@ -65,6 +77,22 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def wait_for_database(uri: str) -> None:
+    """Until the tracker has made it: two makers would break it. Raises `NotFound` when there is none."""
+    give_up = time.monotonic() + DATABASE_SECONDS
+    is_told = False
+    while checks.check_mlflow(uri).state != "ok" or not checks.mlflow_database(uri).exists():
+        if session.find() is None or time.monotonic() > give_up:
+            raise NotFound(
+                "This workspace has no MLflow database yet; the background server makes it.",
+                next_move=f"Run a job first, such as {session.program()} demo, then come back.",
+            )
+        if not is_told:
+            output.note("Waiting for the tracker to make MLflow's database ...")
+            is_told = True
+        time.sleep(0.3)
+
+
 def refuse_taken(port: int) -> None:
     """Raises `PortTaken` when something listens on 127.0.0.1:`port`."""
     with socket.socket() as probe:
@@ -82,8 +110,7 @@ def _start(uri: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
-    # Job execution would start eight more processes that a reader of pages has no use for.
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | ENVIRONMENT
     # A session of its own, so that stopping it takes its workers along.
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, start_new_session=True

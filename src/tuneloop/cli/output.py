@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 UNBOUNDED = 10_000
 """Width of a table that goes to a file or a pipe: nothing is cut."""
 
+DAY_SECONDS = 86_400
+
 STYLES = {
     "completed": "green",
     "succeeded": "green",
@@ -135,9 +137,11 @@ def clean(text: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`4.2 s`, `1:05`, `2:03:10`."""
+    """`4.2 s`, `1:05`, `2:03:10`, `12 days`."""
     if seconds is None:
         return ""
+    if seconds >= 2 * DAY_SECONDS:
+        return f"{seconds / DAY_SECONDS:,.0f} days" if seconds < 1000 * DAY_SECONDS else "years"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

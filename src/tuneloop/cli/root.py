@@ -62,7 +62,15 @@ def root() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave the process with its exit code."""
+    _open_closed_streams()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _open_closed_streams() -> None:
+    """Python gives None for a stream that the shell has closed (`>&-`); nobody reads it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for the whole process
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -82,6 +90,10 @@ def run(arguments: Sequence[str]) -> int:
         failures.show(error, as_json)
         return error.exit_code
     except Exception as error:
+        known = failures.of_this_machine(error)
+        if known is not None:
+            failures.show(known, as_json)
+            return known.exit_code
         if os.environ.get("TUNELOOP_DEBUG"):
             raise
         internal = failures.defect(error)

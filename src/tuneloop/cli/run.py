@@ -69,14 +69,22 @@ def run_(
         else:
             tell_parameters(resolution, verbose)
         return 0
-    job = connection.client.submit(submission)
+    try:
+        job = connection.client.submit(submission)
+    except KeyboardInterrupt:
+        output.note(
+            "\nInterrupted while the recipe was handed over: the job may have been made all the same."
+        )
+        output.note(f"  see:  {session.program()} jobs list --limit 3")
+        return streaming.DETACHED
     if not as_json:
         tell_parameters(job, verbose)
         output.say(f"Job {job['name']} in experiment {job['experiment']}")
     if detach:
         _tell_detached(job, as_json)
         return 0
-    return streaming.watch(connection, job["name"], as_json=as_json)
+    told = () if as_json else job["warnings"]
+    return streaming.watch(connection, job["name"], as_json=as_json, told=told)
 
 
 def submission_of(
@@ -109,9 +117,7 @@ def recipe_path(recipe: str) -> Path:
     if found is not None:
         return found
     if recipe and path.is_dir():
-        raise UsageError(
-            f"{recipe!r} is a folder; a recipe is a YAML file.", next_move=_recipes_in(path)
-        )
+        raise UsageError(f"{recipe!r} is a folder; a recipe is a YAML file.", next_move=_recipes_in(path))
     near = did_you_mean(recipe.removesuffix(".yaml"), shipped.names()) or ""
     raise NotFound(
         f"There is no recipe file {recipe!r}, and none of that name ships with Tuneloop. {near}".rstrip(),
@@ -121,7 +127,11 @@ def recipe_path(recipe: str) -> Path:
 
 def _recipes_in(folder: Path) -> str:
     found = sorted(str(path) for path in folder.glob("*.y*ml"))
-    return f"In it there is: {', '.join(found[:5])}." if found else "Start from: tuneloop recipes show demo > my.yaml"
+    return (
+        f"In it there is: {', '.join(found[:5])}."
+        if found
+        else "Start from: tuneloop recipes show demo > my.yaml"
+    )
 
 
 def tell_parameters(final: Mapping[str, Any], verbose: bool) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import click
 
-from tuneloop.cli import output, session
+from tuneloop.cli import output, processes, session
 from tuneloop.core import settings as settings_module
 from tuneloop.core.errors import Unavailable
 from tuneloop.core.states import JOB_ENDED
 
 if TYPE_CHECKING:
-    from tuneloop.cli.session import RecordedProcess, Session
+    from tuneloop.cli.session import Session
 
 STOP_SECONDS = 60.0
 """Steps and replicas get this long to end before `down` says that they have not."""
@@ -78,13 +77,13 @@ def down_(server_only: bool, as_json: bool) -> None:
 def _adopt_orphans() -> Session | None:
     """A server for processes that outlived theirs: only it may stop them and record it."""
     home = settings_module.load().home
-    return session.connect() if alive_processes(home) else None
+    return session.connect() if processes.alive(home) else None
 
 
 def _stop(connection: Session, server_only: bool) -> list[str]:
     """The names of what was stopped. Raises `Unavailable` when something does not end."""
     pid = connection.client.health()["pid"]
-    others = [] if server_only else alive_processes(connection.settings.home)
+    others = [] if server_only else processes.alive(connection.settings.home)
     names = {pid: "server"} | {process.pid: process.name for process in others}
     connection.client.shutdown("server" if server_only else "all")
     left = session.wait_until_gone(list(names), STOP_SECONDS)
@@ -109,10 +108,6 @@ def _tell_what_goes_on(jobs: list[str], endpoints: list[str], server_only: bool)
         output.say(f"{when} these endpoints {again}: {', '.join(endpoints)}")
 
 
-def alive_processes(home: Any) -> list[RecordedProcess]:
-    return [process for process in session.recorded_processes(home) if process.is_alive]
-
-
 @click.command("status")
 @output.json_option
 def status_(as_json: bool) -> None:
@@ -127,70 +122,32 @@ def status_(as_json: bool) -> None:
     home = settings_module.load().home
     connection = session.find()
     status: dict[str, Any] | None = dict(connection.client.status()) if connection else None
-    processes = _processes(home, connection, status)
+    found = processes.measure(home, connection, status)
     if as_json:
-        output.print_json({"server": status, "home": str(home), "processes": processes})
+        output.print_json({"server": status, "home": str(home), "processes": found})
         return
     if connection is None or status is None:
         output.say(f"No background server runs for {home}. Start it with: {session.program()} up")
-        if processes:
+        if found:
             output.say("These processes outlived it, and go on; the next server takes them over:")
     else:
         output.say(f"server {connection.client.url}  version {status['version']}  home {status['home']}")
-    if processes:
+    if found:
         output.say()
         rows = [
-            (p["name"], p["pid"], output.size(p["memory_bytes"]), p["port"], p["state"]) for p in processes
+            (
+                one["name"],
+                one["pid"],
+                output.size(one["memory_bytes"]),
+                output.size(one["peak_memory_bytes"]),
+                one["port"],
+                one["state"],
+            )
+            for one in found
         ]
-        output.table(("PROCESS", "PID", "MEMORY", "PORT", "STATE"), rows)
+        output.table(("PROCESS", "PID", "MEMORY", "PEAK", "PORT", "STATE"), rows)
     if connection is not None and status is not None:
         _tell_work(connection, status)
-
-
-def _processes(home: Any, connection: Session | None, status: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Server first, then what it started, as far as alive; helpers that are down are listed too."""
-    rows = []
-    if connection is not None and status is not None:
-        rows.append(_row("server", status["pid"], urlsplit(connection.client.url).port, "running"))
-    services = {one["name"]: one for one in (status or {}).get("services", [])}
-    ports = _replica_ports(connection)
-    seen = set()
-    for process in alive_processes(home):
-        service = services.get(process.name, {})
-        seen.add(process.name)
-        port = service.get("port") or ports.get(process.name, (None, None))[0]
-        state = service.get("state") or ports.get(process.name, (None, "running"))[1]
-        rows.append(_row(process.name, process.pid, port, str(state)))
-    rows += [
-        {"name": name, "pid": None, "memory_bytes": None, "port": one.get("port"), "state": one["state"]}
-        for name, one in services.items()
-        if name not in seen
-    ]
-    return rows
-
-
-def _row(name: str, pid: int, port: int | None, state: str) -> dict[str, Any]:
-    import psutil
-
-    try:
-        memory: int | None = psutil.Process(pid).memory_info().rss
-    except psutil.Error:
-        memory = None
-    return {"name": name, "pid": pid, "memory_bytes": memory, "port": port, "state": state}
-
-
-def _replica_ports(connection: Session | None) -> dict[str, tuple[int | None, str]]:
-    """`replica E/D/N` -> (port, state), for every replica that the server knows."""
-    if connection is None:
-        return {}
-    found = {}
-    for endpoint in connection.client.endpoints():
-        for deployment in endpoint["deployments"]:
-            for replica in deployment["replica_states"]:
-                name = f"replica {endpoint['name']}/{deployment['name']}/{replica['number']}"
-                address = replica["address"]
-                found[name] = (urlsplit(address).port if address else None, replica["state"])
-    return found
 
 
 def _tell_work(connection: Session, status: dict[str, Any]) -> None:

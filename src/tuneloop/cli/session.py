@@ -152,18 +152,18 @@ def program() -> str:
     on_path = shutil.which("tuneloop")
     if on_path is not None and os.path.realpath(on_path) == os.path.realpath(started):
         return "tuneloop"
-    relative = os.path.relpath(started)
-    return shlex.quote(str(started.absolute()) if relative.startswith("..") else relative)
+    try:
+        relative = os.path.relpath(started)
+        return shlex.quote(str(started.absolute()) if relative.startswith("..") else relative)
+    except OSError:  # this folder was deleted
+        return shlex.quote(str(started))
 
 
 def pasteable(arguments: str) -> str:
-    """A command line that works in any shell on this machine: with the home when it is not the default."""
+    """A command line that works in any shell in this folder: with the home when it is not the default."""
     home = os.environ.get("TUNELOOP_HOME")
-    command = program()
-    if command != "tuneloop":
-        command = shlex.quote(str(Path(sys.argv[0]).absolute()))
     prefix = f"TUNELOOP_HOME={shlex.quote(os.path.abspath(os.path.expanduser(home)))} " if home else ""
-    return f"{prefix}{command} {arguments}"
+    return f"{prefix}{program()} {arguments}"
 
 
 def _daemon() -> Any:

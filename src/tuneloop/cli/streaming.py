@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from tuneloop.cli import failures, live, output
@@ -17,10 +17,13 @@ DETACHED = 130
 """Exit code after Ctrl-C and of a job that was cancelled."""
 
 
-def watch(session: Session, name: str, *, as_json: bool = False) -> int:
-    """Stream a job until it ends; the exit code. With JSON the progress goes to stderr, the job to stdout."""
+def watch(session: Session, name: str, *, as_json: bool = False, told: Iterable[str] = ()) -> int:
+    """Stream a job until it ends; the exit code. With JSON the progress goes to stderr, the job to stdout.
+
+    `told` are warnings that have been shown.
+    """
     try:
-        job = live.follow(session, name, stream=sys.stderr if as_json else sys.stdout)
+        job = live.follow(session, name, stream=sys.stderr if as_json else sys.stdout, told=told)
     except KeyboardInterrupt:
         output.note(f"\nDetached: job {name} goes on.")
         output.note(f"  come back:  {program()} jobs stream {name}")
@@ -72,12 +75,9 @@ def next_commands(job: JobView) -> Iterator[str]:
 
 
 def final_metrics(job: JobView) -> dict[str, float]:
-    """The evaluation's figures, or those of the last step that has any."""
-    found: dict[str, float] = {}
-    for step in job["steps"]:
-        if step["metrics"] and (step["kind"] == "evaluate" or not found):
-            found = step["metrics"]
-    return found
+    """The evaluation's figures; without an evaluation those of the fine-tuning."""
+    measured = {step["kind"]: step["metrics"] for step in job["steps"]}
+    return measured.get("evaluate") or measured.get("finetune") or {}
 
 
 def tell_failed(session: Session, job: JobView, stream: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,15 @@ from tuneloop.client.views import (
     StatusView,
 )
 from tuneloop.client.wire import error_of
-from tuneloop.core.errors import AlreadyExists, ServerUnreachable, Unavailable, UsageError, VersionMismatch
+from tuneloop.core.errors import (
+    AlreadyExists,
+    NotAllowed,
+    ServerUnreachable,
+    TuneloopError,
+    Unavailable,
+    UsageError,
+    VersionMismatch,
+)
 from tuneloop.core.types import Card, Event, MetricLine, ModelRecord, Noun
 
 N = TypeVar("N", bound=Noun)
@@ -93,9 +102,9 @@ class Client:
         """`name` or `name:version`. Raises `NotFound`."""
         return self._noun(Card, "GET", f"/api/cards/{_part(name)}")
 
-    def add_card(self, text: str) -> Card:
-        """`text` is the card's YAML."""
-        return self._noun(Card, "POST", "/api/cards", {"text": text})
+    def add_card(self, text: str, path: str = "card") -> Card:
+        """`text` is the card's YAML; `path` is what its mistakes call it."""
+        return self._noun(Card, "POST", "/api/cards", {"text": text, "path": path})
 
     def use_source(self, name: str, folder: Path) -> Card:
         """Puts a folder of this machine in front of the card's sources."""
@@ -280,7 +289,7 @@ class Client:
         except httpx.TransportError as error:
             raise _unreachable(self.url, error) from error
         if response.is_error:
-            raise error_of(response.status_code, response.content)
+            raise _refusal(error_of(response.status_code, response.content))
         return response
 
     def _download(self, base: str, files: Sequence[FileEntry], to: Path, force: bool) -> Iterator[int]:
@@ -295,9 +304,15 @@ class Client:
             )
         written = 0
         for path, target in targets:
-            for count in self._fetch(f"{base}/{quote(path)}", target):
-                written += count
-                yield written
+            try:
+                for count in self._fetch(f"{base}/{quote(path)}", target):
+                    written += count
+                    yield written
+            except OSError as error:
+                raise UsageError(
+                    f"{target} cannot be written: {error.strerror}.",
+                    next_move="Choose another folder with --to.",
+                ) from error
 
     def _fetch(self, url: str, target: Path) -> Iterator[int]:
         """Streams one file to its place; the place never holds half a file."""
@@ -314,7 +329,8 @@ class Client:
         except httpx.TransportError as error:
             raise _unreachable(self.url, error) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def _read(kind: type[N], value: object) -> N:
@@ -357,6 +373,16 @@ def _inside(folder: Path, relative: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or not pure.parts:
         raise UsageError(f"The server offered a file at {relative!r}, outside of the folder to write to.")
     return folder.joinpath(*pure.parts)
+
+
+def _refusal(error: TuneloopError) -> TuneloopError:
+    """For a person a wrong token means one thing: the file was changed while the server ran."""
+    if type(error) is NotAllowed:
+        error.next_move = (
+            "The file 'token' of the home is not the one that its server started with. Put it back, or end "
+            "the server (its pid stands in server.json of the home), then: tuneloop up"
+        )
+    return error
 
 
 def _unreachable(url: str, error: httpx.TransportError) -> ServerUnreachable:

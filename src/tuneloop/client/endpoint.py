@@ -10,7 +10,7 @@ import httpx
 
 from tuneloop.client.views import EndpointView
 from tuneloop.client.wire import error_of
-from tuneloop.core.errors import Unavailable
+from tuneloop.core.errors import NotAllowed, NotFound, TuneloopError, Unavailable
 
 
 class EndpointClient:
@@ -56,6 +56,11 @@ class EndpointClient:
         headers = {"Content-Type": "application/json"}
         return self._post(self.scoring_uri, content=body, headers=headers).text
 
+    def models(self) -> list[str]:
+        """What a request's `model` may say: the endpoint, its deployments and their models."""
+        reply = self._request("GET", f"{self.openai_base_url}/models").json()
+        return [str(model["id"]) for model in reply["data"]]
+
     def complete(self, messages: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
         """One OpenAI chat completion; `options` are its fields (`max_tokens`, `temperature`, ...)."""
         reply = self._post(f"{self.openai_base_url}/chat/completions", json=self._chat(messages, options))
@@ -68,7 +73,7 @@ class EndpointClient:
         try:
             with self._http.stream("POST", url, json=body) as response:
                 if response.is_error:
-                    raise error_of(response.status_code, response.read())
+                    raise _refusal(self.name, response.status_code, response.read())
                 yield from _deltas(response.iter_lines())
         except httpx.TransportError as error:
             raise _endpoint_unreachable(self.name, url, error) from error
@@ -77,12 +82,15 @@ class EndpointClient:
         return {"model": self.name, "messages": [dict(message) for message in messages], **options}
 
     def _post(self, url: str, **options: Any) -> httpx.Response:
+        return self._request("POST", url, **options)
+
+    def _request(self, method: str, url: str, **options: Any) -> httpx.Response:
         try:
-            response = self._http.post(url, **options)
+            response = self._http.request(method, url, **options)
         except httpx.TransportError as error:
             raise _endpoint_unreachable(self.name, url, error) from error
         if response.is_error:
-            raise error_of(response.status_code, response.content)
+            raise _refusal(self.name, response.status_code, response.content)
         return response
 
 
@@ -104,6 +112,16 @@ def _deltas(lines: Iterator[str]) -> Iterator[str]:
     raise Unavailable(
         "The reply was cut off before its end.", next_move="Ask again; see: tuneloop deployments logs"
     )
+
+
+def _refusal(name: str, status: int, content: bytes) -> TuneloopError:
+    """What the router or a replica answered, with a next move: OpenAI's shape of an error has none."""
+    error = error_of(status, content)
+    if error.next_move is None and isinstance(error, NotAllowed):
+        error.next_move = f"Its keys: tuneloop endpoints keys {name}"
+    elif error.next_move is None and isinstance(error, NotFound | Unavailable):
+        error.next_move = f"Look at it with: tuneloop endpoints show {name}"
+    return error
 
 
 def _endpoint_unreachable(name: str, url: str, error: httpx.TransportError) -> Unavailable:

@@ -74,6 +74,8 @@ class StepView(TypedDict):
     started_at: str | None
     finished_at: str | None
     depends_on: list[str]
+    peak_memory_bytes: int | None
+    """Of the attempt that made the outputs, another job's when they were reused; None before its end."""
     progress: ProgressView | None
 
 

@@ -68,7 +68,8 @@ class Settings:
         return self.mlflow_tracking_uri or f"sqlite:///{self.home / 'mlflow' / 'mlflow.db'}"
 
 
-_NUMBERS = {"port", "router_port", "slots", "max_attempts"}
+_NUMBERS = {"port": (0, 65535), "router_port": (0, 65535), "slots": (1, 1024), "max_attempts": (1, 1000)}
+"""Least and greatest."""
 
 
 def load(environment: Mapping[str, str] | None = None, home: Path | None = None) -> Settings:
@@ -83,7 +84,7 @@ def load(environment: Mapping[str, str] | None = None, home: Path | None = None)
         written = env.get(f"TUNELOOP_{name.upper()}")
         if written:
             values[name] = written
-    for name in _NUMBERS & values.keys():
+    for name in _NUMBERS.keys() & values.keys():
         values[name] = _number(name, values[name])
     return Settings(**values)  # type: ignore[arg-type]
 
@@ -93,7 +94,11 @@ def _from_file(path: Path, names: set[str]) -> dict[str, object]:
         return {}
     import yaml
 
-    written = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} cannot be read: {reason}.", next_move="Mend it, or remove it.") from None
     if not isinstance(written, dict):
         raise UsageError(f"{path} is not a mapping of settings.")
     unknown = sorted(set(written) - names)
@@ -103,7 +108,14 @@ def _from_file(path: Path, names: set[str]) -> dict[str, object]:
 
 
 def _number(name: str, value: object) -> int:
+    least, greatest = _NUMBERS[name]
     try:
-        return int(str(value))
+        number = int(str(value))
     except ValueError:
-        raise UsageError(f"setting {name} is {value!r}, expected a whole number.") from None
+        number = least - 1
+    if not least <= number <= greatest:
+        raise UsageError(
+            f"The setting {name} is {value!r}; expected a whole number from {least} to {greatest}.",
+            next_move=f"Set TUNELOOP_{name.upper()}, or {name} in settings.yaml of the home.",
+        )
+    return number

@@ -18,7 +18,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +25,9 @@ import numpy as np
 
 from tuneloop import lm
 from tuneloop.core.chat import Message
-from tuneloop.core.errors import DataError, Diverged
+from tuneloop.core.errors import Diverged
 from tuneloop.core.process import write_atomically
+from tuneloop.core.questions import Question, read_questions
 from tuneloop.core.recipe import EvaluateParameters
 from tuneloop.engines import GenerationRequest
 from tuneloop.engines import transformers as engine_transformers
@@ -55,19 +55,6 @@ def run(context: StepContext) -> None:
     text = json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(target / "evaluation.json", text + "\n")
     write_atomically(target / "report.md", write_report(evaluation))
-
-
-@dataclass(frozen=True)
-class Question:
-    id: str
-    kind: str
-    question: str
-    facts: list[list[str]]
-    """Every inner list needs one of its alternatives in the reply."""
-
-    def is_right(self, reply: str) -> bool:
-        said = reply.lower()
-        return all(any(alternative.lower() in said for alternative in fact) for fact in self.facts)
 
 
 class Sample(NamedTuple):
@@ -293,51 +280,4 @@ def _read_questions(context: StepContext) -> list[Question]:
     path = context.inputs.get("questions")
     if path is None:
         return []
-    name = context.input_names["questions"]
-    questions: list[Question] = []
-    findings: list[dict[str, Any]] = []
-    for line, text in enumerate(path.read_bytes().splitlines(), 1):
-        if not text.strip():
-            continue
-        problem = _question_problem(text)
-        if isinstance(problem, Question):
-            questions.append(problem)
-        else:
-            field, fix = problem
-            findings.append({"file": name, "line": line, "field": field, "rule": "question", "fix": fix})
-    if findings:
-        first = findings[0]
-        raise DataError(
-            f"{name} line {first['line']}: {first['field'] or 'the line'} is not as expected "
-            f"({len(findings)} such lines). {first['fix']}",
-            details=findings,
-        )
-    return questions
-
-
-def _question_problem(text: bytes) -> Question | tuple[str, str]:
-    """The question in one line, or (field, fix)."""
-    shape = '{"id": "capital", "kind": "everyday", "question": "...?", "facts": [["Paris"]]}'
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return "", f"Write one JSON object a line: {shape}"
-    if not isinstance(value, dict):
-        return "", f"Write one JSON object a line: {shape}"
-    for field in ("id", "question"):
-        if not isinstance(value.get(field), str) or not value[field].strip():
-            return field, f"Give every question a text as '{field}': {shape}"
-    if not isinstance(value.get("kind", ""), str):
-        return "kind", f"Write a text, or leave it out: {shape}"
-    facts = value.get("facts")
-    if not isinstance(facts, list) or not facts or not all(_is_fact(fact) for fact in facts):
-        return "facts", f"Write a list of facts, each a list of alternatives in words: {shape}"
-    unknown = sorted(set(value) - {"id", "kind", "question", "facts"})
-    if unknown:
-        return unknown[0], "Remove it; a question has id, kind, question and facts."
-    return Question(value["id"], value.get("kind", ""), value["question"], facts)
-
-
-def _is_fact(value: object) -> bool:
-    is_list = isinstance(value, list) and bool(value)
-    return is_list and all(isinstance(text, str) and text.strip() for text in value)  # type: ignore[attr-defined]
+    return read_questions(path.read_bytes().splitlines(), context.input_names["questions"])

@@ -11,6 +11,7 @@ from typing import Any
 from tuneloop.core.chat import check_messages
 from tuneloop.core.errors import DataError, NotFound, Unsupported
 from tuneloop.core.ports import Clock, Files, Store
+from tuneloop.core.questions import read_questions
 from tuneloop.core.types import Artifact, ArtifactInput, Dataset
 
 MAX_FINDINGS = 100
@@ -35,10 +36,17 @@ class Data:
         rows, columns = check_chat_file(self._files.artifact_path(artifact.digest), shown)
         return artifact, self._register(path, artifact.digest, rows, columns)
 
+    def bring_in_questions(self, path: Path, shown: str) -> ArtifactInput:
+        """Check a file of questions with facts and store it. Raises `DataError` and `NotFound`."""
+        artifact = self.bring_in_file(path, shown)
+        read_questions(self._files.artifact_path(artifact.digest).read_bytes().splitlines(), shown)
+        return artifact
+
     def bring_in_file(self, path: Path, shown: str) -> ArtifactInput:
         if not path.is_file():
+            what = "is not a file" if path.exists() else "is not there"
             raise NotFound(
-                f"There is no file {shown} (looked for {path}).",
+                f"{shown} {what} (looked for {path}).",
                 next_move="Data paths are relative to the recipe's folder; 'samples:' names what ships.",
             )
         digest, size_bytes = self._files.ingest(path)
@@ -116,7 +124,8 @@ def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
         return {}, _problem("encoding", value, "Save the file as UTF-8.")
     except json.JSONDecodeError as broken:
         fix = f"Mend the JSON at column {broken.colno}: {broken.msg.lower()}. One object per line."
-        return {}, _problem("json", json.dumps(line[:60].decode("utf-8", "replace").rstrip(), ensure_ascii=False), fix)
+        value = json.dumps(line[:60].decode("utf-8", "replace").rstrip(), ensure_ascii=False)
+        return {}, _problem("json", value, fix)
     except RecursionError:
         return {}, _problem("json", "nested too deeply", "Write a flat object with a list of messages.")
     if not isinstance(row, dict):
@@ -131,10 +140,10 @@ def _problem(rule: str, value: str, fix: str) -> dict[str, Any]:
 def _summary(shown: str, bad_rows: int, rows: int, findings: Sequence[dict[str, Any]]) -> str:
     """Counts the rows; the first finding is told, the others are in the error's details."""
     first = findings[0]
-    field = f"{first['field']}: " if first["field"] else ""
+    place = f"{shown} line {first['line']}: " + (f"{first['field']}: " if first["field"] else "")
     return (
         f"{bad_rows} of {rows} rows of {shown} cannot be learned from; nothing was started.\n"
-        f"  {shown} line {first['line']}: {field}found {first['value']} (rule {first['rule']}). {first['fix']}"
+        f"  {place}found {first['value']} (rule {first['rule']}). {first['fix']}"
     )
 
 

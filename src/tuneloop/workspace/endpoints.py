@@ -91,7 +91,8 @@ class Endpoints:
                 if deployment not in known:
                     raise NotFound(
                         f"Endpoint {name} has no deployment '{deployment}'.",
-                        next_move=did_you_mean(deployment, known),
+                        next_move=did_you_mean(deployment, known)
+                        or f"Make one: tuneloop deployments create NAME --endpoint {name} --model N:V",
                     )
                 if not 0 <= weight <= 100:
                     raise UsageError(f"Traffic of '{deployment}' is {weight}; expected 0 to 100.")
@@ -148,9 +149,12 @@ class Endpoints:
             deployment = self.deployment(endpoint, name)
             weight = record.traffic.get(name, 0)
             if weight and record.state is EndpointState.READY:
+                others = [one.name for one in self.deployments(endpoint) if one.name != name]
+                # What is not named in a new share gets nothing: `NAME=0` alone would take the rest out too.
+                share = f"{others[0]}=100" if others else f"{name}=0"
                 raise InvalidState(
                     f"Deployment {deployment.key} receives {weight} % of the traffic.",
-                    next_move=f"First: tuneloop endpoints traffic {endpoint} {name}=0 (or to another)",
+                    next_move=f"First: tuneloop endpoints traffic {endpoint} {share}",
                 )
             traffic = {key: value for key, value in record.traffic.items() if key != name}
             self._store.update(record.model_copy(update={"traffic": traffic}))

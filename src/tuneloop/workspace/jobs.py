@@ -64,7 +64,7 @@ class Jobs:
     def resolve(self, submission: Submission) -> tuple[recipes.Resolved, Card]:
         """The final set of parameters with their origins. Nothing is recorded. Raises `RecipeError`, and
         `NotFound` for a model or a compute that there is not."""
-        if submission.experiment:
+        if submission.experiment is not None:
             check_name(submission.experiment, "experiment")
         recipe = recipes.parse(submission.text, path=submission.path, overrides=submission.overrides)
         card = self._catalog.get(recipe.model)
@@ -178,7 +178,13 @@ class Jobs:
         digest = self.output_digests(name).get(output)
         if digest is None:
             step = self._store.get(StepRecord, f"{name}/{mapped.step}")
-            raise InvalidState(f"Output '{output}' is made by step {mapped.step}, which is {step.state}.")
+            has_ended = self.get(name).state in JOB_ENDED
+            raise InvalidState(
+                f"Output '{output}' is made by step {mapped.step}, which is {step.state}.",
+                next_move=f"Take the job up again: tuneloop jobs retry {name}"
+                if has_ended
+                else f"Wait for it: tuneloop jobs stream {name}",
+            )
         return mapped, digest
 
     def output_digests(self, name: str) -> dict[str, str]:
@@ -202,7 +208,7 @@ class Jobs:
         for role, written in resolved.recipe.data.files().items():
             path = data_path(written, folder)
             if role == "questions":
-                inputs[role] = self._data.bring_in_file(path, written)
+                inputs[role] = self._data.bring_in_questions(path, written)
             else:
                 inputs[role], datasets[role] = self._data.bring_in_chat(path, written)
         return inputs, datasets

@@ -77,6 +77,7 @@ def step(name: str, state: str = "succeeded", **changes: Any) -> dict[str, Any]:
         "started_at": None if state in ("pending", "reused") else AT,
         "finished_at": LATER if state in ("succeeded", "failed") else None,
         "depends_on": [],
+        "peak_memory_bytes": 1_490_000_000 if state in ("succeeded", "reused") else None,
         "progress": None,
     }
     return base | changes
@@ -175,6 +176,11 @@ class FakeApi:
         self.files = {"evaluation.json": json.dumps(EVALUATION).encode(), "deep/er/report.md": b"# report"}
         self.errors: dict[tuple[str, str], TuneloopError] = {}
         self.deployment_states: list[str] = []
+        self.services: list[dict[str, Any]] = [
+            {"name": "router", "state": "running", "port": 4321, "created_at": AT}
+        ]
+        self.unrouted = 0
+        """Looks at /v1/models before the router knows a deployment."""
         self.pid = 0
         self.on_shutdown = lambda: None
 
@@ -224,6 +230,12 @@ class FakeApi:
             "deployments": [],
         }
         return self.endpoints[name]
+
+    def routed(self, endpoint: str) -> list[str]:
+        """What the router knows: the endpoint, and its deployments after `unrouted` looks."""
+        self.unrouted -= 1
+        deployments = [] if self.unrouted >= 0 else self.get_endpoint(endpoint)["deployments"]
+        return [endpoint, *(one["name"] for one in deployments)]
 
     def make_deployment(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
         made = {
@@ -288,7 +300,7 @@ def application(api: FakeApi) -> Starlette:
             "pid": api.pid,
             "started_at": AT,
             "jobs": {"completed": 1},
-            "services": [{"name": "router", "state": "running", "port": 4321, "created_at": AT}],
+            "services": api.services,
             "endpoints": len(api.endpoints),
             "router_url": api.url,
             "mlflow": {"tracking_uri": "sqlite:////h/mlflow/mlflow.db", "lag_bytes": 0},
@@ -361,12 +373,15 @@ def application(api: FakeApi) -> Starlette:
         return answer(found)
 
     async def data_plane(request: Request) -> Response:
-        sent = await request.json()
+        sent = await request.json() if request.method == "POST" else {}
         pinned = request.headers.get("azureml-model-deployment") or "tuned"
         api.calls.append((request.method, request.url.path, sent | {"pinned": pinned}))
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             error = {"message": "The key is wrong.", "type": "authentication_error", "code": "invalid_key"}
             return JSONResponse({"error": error}, 401)
+        if request.url.path.endswith("/v1/models"):
+            known = api.routed(request.url.path.split("/")[2])
+            return JSONResponse({"object": "list", "data": [{"id": one} for one in known]})
         if request.url.path.endswith("/score"):
             return JSONResponse({"output": f"from {pinned}"})
         if not sent.get("stream"):

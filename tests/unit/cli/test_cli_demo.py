@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +137,32 @@ def test_the_curl_line_survives_a_shell(ready: FakeApi, monkeypatch: pytest.Monk
     key = "$(TUNELOOP_HOME='/tmp/a home' tuneloop endpoints keys demo --primary)"
     assert words[words.index("-H") + 1] == f"Authorization: Bearer {key}"
     assert json.loads(words[-1])["messages"][0]["role"] == "user"
+
+
+def test_the_commands_of_the_summary_are_typed_alike_and_from_this_folder(
+    ready: FakeApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TUNELOOP_HOME", raising=False)
+    monkeypatch.setattr("sys.argv", [str(tmp_path / ".venv" / "bin" / "tuneloop")])
+    moves = demo_text.next_moves(ready.make_endpoint("demo"), "1")  # type: ignore[arg-type]
+    assert "$(.venv/bin/tuneloop endpoints keys demo --primary)" in moves["call it"]
+    others = [command for title, command in moves.items() if title != "call it"]
+    assert all(command.startswith(".venv/bin/tuneloop ") for command in others)
+
+
+def test_the_summary_tells_the_peak_memory_of_steps_and_processes(
+    tuneloop_command: Command, ready: FakeApi
+) -> None:
+    ready.pid = os.getpid()
+    out = tuneloop_command("demo").out
+    assert "peak memory 1.5 GB" in next(line for line in out.splitlines() if line.startswith("    finetune"))
+    assert re.search(r"^  peak memory: server \d.* MB", out, re.MULTILINE)
+    summary = json.loads(tuneloop_command("demo", "--json").out)
+    assert summary["steps"]["finetune"]["peak_memory_bytes"] == 1_490_000_000
+    measured = {one["name"]: one["peak_memory_bytes"] for one in summary["processes"]}
+    assert measured["server"] > 1_000_000
+    assert measured["router"] is None
 
 
 def test_live_questions_are_two_of_ours_and_an_everyday_one() -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import click
 import pytest
 
+import tuneloop.cli
 from tests.unit.cli.conftest import FakeDaemon, Ran
 from tests.unit.cli.fake_api import FakeApi
 from tuneloop.cli import failures, root
+from tuneloop.core import recipe as recipes
 from tuneloop.core.errors import DataError, Internal, RecipeError
+from tuneloop.workspace.data import check_chat_file
 
 HEAVY = ("torch", "transformers", "mlflow", "httpx", "pydantic", "rich", "fastapi", "sqlalchemy")
 
@@ -159,20 +164,121 @@ def test_all_mistakes_of_a_recipe_are_listed_with_their_lines() -> None:
     ]
 
 
-def test_a_bad_row_is_told_by_file_line_field_rule_value_and_fix() -> None:
-    finding = {
+def _finding(line: int, **changes: object) -> dict[str, object]:
+    return {
         "file": "train.jsonl",
-        "line": 112,
-        "field": "messages",
-        "rule": "expected key 'messages'",
-        "value": ["prompt", "completion"],
-        "fix": "Convert it.",
-    }
-    error = DataError("1 row cannot be learned from.", details=[finding])
-    told = failures.describe(error.message, error.next_move, error.details)
-    assert told[1] == (
-        '  train.jsonl:112: messages: expected key \'messages\', found ["prompt", "completion"]. Convert it.'
+        "line": line,
+        "field": "messages[0].role",
+        "rule": "role_known",
+        "value": '"usr"',
+        "fix": "Use one of system, user, assistant.",
+    } | changes
+
+
+def test_a_bad_row_is_one_sentence_of_file_line_field_value_rule_and_fix() -> None:
+    found = [_finding(6), _finding(7, field="", rule="object", value="[1]", fix="Write an object.")]
+    told = failures.describe("2 rows cannot be learned from.", None, found)
+    assert told[1:] == [
+        '  train.jsonl line 6: messages[0].role: found "usr" (rule role_known). '
+        "Use one of system, user, assistant.",
+        "  train.jsonl line 7: found [1] (rule object). Write an object.",
+    ]
+
+
+def test_the_finding_that_the_servers_message_tells_is_not_listed_again(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a"}\n{bad\n{"messages": []}\n')
+    with pytest.raises(DataError) as caught:
+        check_chat_file(path, "train.jsonl")
+    told = "\n".join(failures.describe(caught.value.message, None, caught.value.details)).splitlines()
+    assert [line.split(": ")[0].strip() for line in told] == [
+        "error",
+        "train.jsonl line 1",
+        "train.jsonl line 2",
+        "train.jsonl line 3",
+    ]
+    assert "messages: found only 'prompt' (rule messages_present). Give every row a list" in told[1]
+    assert 'found "{bad" (rule json)' in told[2]
+    assert "found 0 messages, none of the assistant (rule assistant_turn)" in told[3]
+
+
+def test_a_mistake_of_set_is_told_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.parse(
+            "model: M\ndata: {train: a.jsonl}\n", path="my.yaml", overrides={"finetune.packing": "1"}
+        )
+    told = failures.describe(caught.value.message, None, caught.value.details)
+    assert len(told) == 1
+    assert told[0].startswith("error: my.yaml: --set finetune.packing is not a key")
+
+
+def test_a_group_without_a_command_gives_its_help_and_no_error(tuneloop_command: Callable[..., Ran]) -> None:
+    for words in ((), ("jobs",)):
+        ran = tuneloop_command(*words)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.startswith("Usage: tuneloop")
+        assert "error" not in ran.err.splitlines()[0]
+    assert tuneloop_command("-h").code == 0
+    assert tuneloop_command("jobs", "show", "-h").code == 0
+
+
+def test_commands_in_errors_are_written_as_they_are_typed_from_here(
+    tuneloop_command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(tmp_path / ".venv" / "bin" / "tuneloop")])
+    assert "next: List them with: .venv/bin/tuneloop jobs list" in tuneloop_command("jobs", "show", "no").err
+    assert "next: .venv/bin/tuneloop jobs show --help" in tuneloop_command("jobs", "show").err
+    assert (
+        failures.as_typed_here("in /opt/tuneloop or tuneloop-guide") == "in /opt/tuneloop or tuneloop-guide"
     )
+
+
+def test_a_folder_that_was_deleted_is_no_obstacle(
+    tuneloop_command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    monkeypatch.setattr("sys.argv", ["/opt/bin/tuneloop"])
+    gone.rmdir()
+    assert tuneloop_command("jobs", "list").code == 0
+    assert tuneloop_command("run", "demo", "--dry-run").code == 0
+    assert tuneloop_command("run", "my.yaml", "--dry-run").code == 3
+    monkeypatch.setenv("TUNELOOP_HOME", "relative")
+    ran = tuneloop_command("status")
+    assert (ran.code, "was deleted" in ran.err) == (2, True)
+
+
+def test_a_full_disk_is_no_defect(
+    tuneloop_command: Callable[..., Ran], daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/home/x/a")
+
+    monkeypatch.setattr(daemon, "find", full)
+    ran = tuneloop_command("jobs", "list")
+    assert ran.code == 6
+    assert ran.err.startswith("error: /home/x/a cannot be written: No space left on device.")
+
+
+def test_a_closed_output_is_no_defect() -> None:
+    command = f'"{sys.executable}" -m tuneloop.cli recipes list >&-'
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_ctrl_c_while_a_command_is_loaded_is_told_in_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        tuneloop.cli.main(["jobs", "list"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
 
 
 def test_what_the_message_says_already_is_not_said_twice() -> None:

@@ -6,12 +6,14 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.cli.conftest import Ran
 from tests.unit.cli.fake_api import FakeApi, model
-from tuneloop.cli import deployments
+from tuneloop.cli import deployments, endpoints
+from tuneloop.client import endpoint
 
 Command = Callable[..., Ran]
 
@@ -31,7 +33,10 @@ def test_catalog_show_tells_the_id_and_the_note_of_the_weights(tuneloop_command:
 def test_catalog_add_sends_the_text(tuneloop_command: Command, api: FakeApi, tmp_path: Path) -> None:
     (tmp_path / "card.yaml").write_text("name: x\n")
     assert tuneloop_command("catalog", "add", str(tmp_path / "card.yaml")).code == 0
-    assert api.body("POST", "/api/cards") == {"text": "name: x\n"}
+    assert api.body("POST", "/api/cards") == {
+        "text": "name: x\n",
+        "path": str(tmp_path / "card.yaml"),
+    }
 
 
 def test_catalog_use_sends_an_absolute_folder(
@@ -239,3 +244,89 @@ def test_a_shipped_recipe_is_printed_to_copy(tuneloop_command: Command) -> None:
     listed = tuneloop_command("recipes", "list").out
     assert "demo" in listed
     assert tuneloop_command("recipes", "show", "demo").out.startswith("# Teach")
+
+
+def test_creating_waits_until_the_endpoint_has_its_address(
+    tuneloop_command: Command, api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    whole = api.get_endpoint
+
+    def late(name: str) -> dict[str, Any]:
+        looks.append(name)
+        unknown = {"scoring_uri": None, "openai_base_url": None}
+        return whole(name) | (unknown if len(looks) < 3 else {})
+
+    monkeypatch.setattr(api, "get_endpoint", late)
+    ran = tuneloop_command("endpoints", "create", "support")
+    assert f"Created endpoint support at {api.url}/endpoints/support/v1" in ran.out
+    assert len(looks) == 3
+
+
+def test_an_endpoint_that_stays_without_an_address_says_why(
+    tuneloop_command: Command, api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = {"scoring_uri": None, "openai_base_url": None}
+    whole = api.get_endpoint
+    monkeypatch.setattr(api, "get_endpoint", lambda name: whole(name) | unknown)
+    monkeypatch.setattr(endpoints, "ADDRESS_SECONDS", 0.0)
+    api.services[0]["error"] = {"message": "Port 4321 is taken."}
+    ran = tuneloop_command("endpoints", "create", "support")
+    assert ran.code == 0
+    assert "no address yet: Port 4321 is taken." in ran.out
+    assert "tuneloop endpoints show support" in ran.out
+    assert "Port 4321 is taken." in tuneloop_command("endpoints", "show", "support").out
+
+
+def test_a_deployment_is_ready_for_people_when_the_router_knows_it(
+    tuneloop_command: Command, api: FakeApi
+) -> None:
+    api.make_endpoint("support")
+    api.unrouted = 2
+    ran = tuneloop_command("deployments", "create", "blue", "--endpoint", "support", "--model", "m:1")
+    assert ran.code == 0
+    assert f"its address: {api.url}/endpoints/support/v1" in ran.out
+    assert api.paths("GET").count("/endpoints/support/v1/models") == 3
+
+
+def test_ctrl_c_while_a_deployment_loads_says_that_it_goes_on(
+    tuneloop_command: Command, api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deployments, "wait_ready", interrupted)
+    api.make_endpoint("support")
+    words = ["deployments", "create", "blue", "--endpoint", "support", "--model", "m:1", "--traffic", "100"]
+    ran = tuneloop_command(*words)
+    assert ran.code == 130
+    assert "goes on loading" in ran.err
+    assert "tuneloop endpoints traffic support blue=100" in ran.err
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_what_is_no_number_is_a_usage_error(tuneloop_command: Command, api: FakeApi, number: str) -> None:
+    api.make_endpoint("demo")
+    assert tuneloop_command("chat", "demo", "--message", "Hi", "--temperature", number).code == 2
+    words = [
+        "deployments",
+        "create",
+        "b",
+        "--endpoint",
+        "demo",
+        "--model",
+        "m:1",
+        "--request-timeout",
+        number,
+    ]
+    assert tuneloop_command(*words).code == 2
+
+
+def test_what_the_router_refuses_comes_with_a_next_move() -> None:
+    found = endpoint._refusal("demo", 404, b'{"error": {"message": "no deployment yet", "code": "x"}}')
+    assert (found.message, found.next_move) == (
+        "no deployment yet",
+        "Look at it with: tuneloop endpoints show demo",
+    )
+    key = endpoint._refusal("demo", 401, b'{"error": {"message": "wrong key", "code": "invalid_key"}}')
+    assert key.next_move == "Its keys: tuneloop endpoints keys demo"

@@ -317,3 +317,103 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(812, "812 B"), (4_200_000, "4.2 MB"), (1.3e9, "1.3 GB")])
 def test_sizes_read_well(count: float, text: str) -> None:
     assert output.size(count) == text
+
+
+def test_a_warning_is_told_once_by_the_command_that_submits_and_the_step_that_repeats_it(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path
+) -> None:
+    said = "max_steps is 3: it decides."
+    ended = job(warnings=[f"finetune.{said}"], steps=[step("finetune", warnings=[said, "2 rows were cut"])])
+    api.submitted = ended | {"state": "queued"}
+    api.pages[NAME] = [page(ended)]
+    for words in (("run", str(recipe)), ("run", str(recipe), "--json"), ("jobs", "stream", NAME)):
+        ran = tuneloop_command(*words)
+        told = ran.err + (ran.out if "--json" not in words else "")
+        assert told.count(said) == 1, words
+        assert told.count("2 rows were cut") == 1
+    shown = tuneloop_command("jobs", "show", NAME)
+    assert (shown.out + shown.err).count(said) == 1
+    assert "finetune: warning: 2 rows were cut" in shown.out
+
+
+def test_jobs_show_draws_the_graph_with_time_memory_and_where_outputs_come_from(
+    tuneloop_command: Callable[..., Ran], api: FakeApi
+) -> None:
+    steps = [
+        step("finetune", "reused"),
+        step("export", "failed", depends_on=["finetune"], attempts=3, error=_error("no space")),
+        step("evaluate", "skipped", depends_on=["export"], reason="export failed", started_at=None),
+    ]
+    api.jobs[NAME] = job(state="failed", steps=steps)
+    rows = [row.split() for row in tuneloop_command("jobs", "show", NAME).out.splitlines()]
+    drawn = {
+        row[0]: " ".join(row[1:]) for row in rows if row and row[0] in ("finetune", "export", "evaluate")
+    }
+    assert drawn == {
+        "finetune": "reused 1.5 GB reused from calm_fern_1/finetune/1",
+        "export": "finetune failed 2:05 3 attempts",
+        "evaluate": "export skipped export failed",
+    }
+    assert ["export:", "no", "space"] in rows
+
+
+def _error(message: str) -> dict[str, object]:
+    return {"code": "step_failed", "message": message, "next": None, "details": None}
+
+
+def test_a_folder_in_place_of_a_recipe_is_told_with_the_recipes_in_it(
+    tuneloop_command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    empty = tuneloop_command("run", str(tmp_path))
+    assert empty.code == 2
+    assert "is a folder; a recipe is a YAML file" in empty.err
+    assert "recipes show demo" in empty.err
+    (tmp_path / "mine.yaml").write_text("model: x\n")
+    assert f"In it there is: {tmp_path / 'mine.yaml'}." in tuneloop_command("run", str(tmp_path)).err
+
+
+def test_ctrl_c_during_the_submission_says_that_the_job_may_exist(
+    tuneloop_command: Callable[..., Ran], recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tuneloop.client.Client.submit", interrupted)
+    ran = tuneloop_command("run", str(recipe))
+    assert ran.code == 130
+    assert "may have been made" in ran.err
+    assert "tuneloop jobs list" in ran.err
+
+
+def test_an_empty_list_says_what_was_asked_for(tuneloop_command: Callable[..., Ran], api: FakeApi) -> None:
+    assert "No jobs in experiment 'mine'" in tuneloop_command("jobs", "list", "--experiment", "mine").err
+    assert "No model 'mine'" in tuneloop_command("models", "list", "mine").err
+    assert tuneloop_command("jobs", "list", "--limit", "9" * 30).code == 2
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", ".."])
+def test_a_name_that_would_be_another_address_is_refused(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, name: str
+) -> None:
+    for words in (("jobs", "show"), ("catalog", "show"), ("endpoints", "show"), ("jobs", "cancel")):
+        ran = tuneloop_command(*words, name)
+        assert (ran.code, "is not a name" in ran.err) == (2, True)
+    assert api.calls == []
+
+
+def test_a_long_time_is_told_in_days() -> None:
+    assert output.duration(86_400 * 12) == "12 days"
+    assert output.duration(1e30) == "years"
+
+
+def test_without_an_evaluation_the_summary_tells_the_training(
+    tuneloop_command: Callable[..., Ran], api: FakeApi
+) -> None:
+    steps = [
+        step("model_import", metrics={"parameters": 134_515_008}),
+        step("finetune", metrics={"loss": 1.5}),
+        step("export", metrics={"merged_logits_difference": 1e-6}),
+    ]
+    api.pages[NAME] = [page(job(steps=steps))]
+    out = tuneloop_command("jobs", "stream", NAME).out
+    assert "completed in 2:05.\n  loss 1.5\n" in out

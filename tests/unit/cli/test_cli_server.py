@@ -16,7 +16,7 @@ import pytest
 
 from tests.unit.cli.conftest import FakeDaemon, Ran
 from tests.unit.cli.fake_api import FakeApi, job
-from tuneloop.cli import checks, mlflow, server, session
+from tuneloop.cli import checks, mlflow, processes, server, session
 from tuneloop.core.errors import PortTaken, ServerUnreachable
 from tuneloop.core.process import identity_of
 from tuneloop.core.settings import Settings
@@ -118,12 +118,14 @@ def test_status_lists_processes_with_ports_and_starts_nothing(
     api.make_endpoint("demo")
     found = json.loads(tuneloop_command("status", "--json").out)
     rows = {row["name"]: row for row in found["processes"]}
-    assert rows["router"] | {"memory_bytes": 0} == {
+    assert rows["router"]["peak_memory_bytes"] >= rows["router"]["memory_bytes"] > 0
+    assert rows["router"] | {"memory_bytes": 0, "peak_memory_bytes": 0} == {
         "name": "router",
         "pid": child.pid,
         "port": 4321,
         "state": "running",
         "memory_bytes": 0,
+        "peak_memory_bytes": 0,
     }
     assert rows["server"]["memory_bytes"] > 0
     text = tuneloop_command("status").out
@@ -289,3 +291,59 @@ def test_stopping_mlflow_takes_its_children_along(tmp_path: Path) -> None:
     mlflow._stop(parent)
     parent.stdout.close()
     assert session.wait_until_gone([child], 5) == []
+
+
+def test_mlflow_tells_nobody_about_the_workspace() -> None:
+    assert mlflow.ENVIRONMENT["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert mlflow.ENVIRONMENT["DO_NOT_TRACK"] == "true"
+
+
+def test_mlflow_leaves_making_the_database_to_the_tracker(
+    tuneloop_command: Command, daemon: FakeDaemon, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow, "DATABASE_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow, "refuse_taken", lambda port: None)
+    for is_up in (True, False):
+        daemon.is_up = is_up
+        ran = tuneloop_command("mlflow")
+        assert ran.code == 3
+        assert "Run a job first" in ran.err
+    assert not (home / "mlflow").exists()
+
+
+def test_mlflow_waits_while_the_tracker_makes_the_database(
+    daemon: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mlflow.db"
+
+    def make(_: float) -> None:
+        with closing(sqlite3.connect(path)) as connection:
+            connection.executescript(
+                "create table alembic_version (version_num text); create table runs (id text);"
+            )
+
+    monkeypatch.setattr("time.sleep", make)
+    mlflow.wait_for_database(f"sqlite:///{path}")
+    assert capsys.readouterr().err.count("Waiting for the tracker") == 1
+
+
+def test_the_peak_of_a_process_is_at_least_what_it_holds(child: subprocess.Popen[bytes]) -> None:
+    now, peak = processes.memory(child.pid)
+    assert now is not None
+    assert peak is not None
+    assert peak >= now > 0
+    child.kill()
+    child.wait()
+    assert processes.memory(child.pid) == (None, None)
+
+
+def test_doctor_sees_a_home_that_would_lie_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert checks.check_home(tmp_path / "file" / "home").state == "fail"
+
+
+def test_doctor_says_how_to_install_with_a_command_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_installed", lambda name: None)
+    fix = checks.check_torch().fix
+    assert fix is not None
+    assert f"{sys.executable} -m pip install -r " in fix

@@ -60,6 +60,13 @@ def test_a_wrong_token_is_not_allowed(api: FakeApi) -> None:
         client.jobs()
 
 
+def test_a_token_that_was_changed_while_the_server_ran_says_what_to_do(api: FakeApi) -> None:
+    with Client(api.url, "wrong") as client, pytest.raises(NotAllowed) as refused:
+        client.cards()
+    assert refused.value.next_move is not None
+    assert "server.json" in refused.value.next_move
+
+
 def test_an_absent_job_is_not_found(client: Client) -> None:
     with pytest.raises(NotFound, match="no job 'nope'"):
         client.job("nope")
@@ -112,6 +119,15 @@ def test_a_download_never_leaves_its_folder(client: Client, api: FakeApi, tmp_pa
     with pytest.raises(UsageError, match="outside"):
         list(client.download_output("j", "evaluation_result", tmp_path / "to"))
     assert not (tmp_path / "to").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_by_its_path(
+    client: Client, api: FakeApi, tmp_path: Path
+) -> None:
+    api.jobs["j"] = job("j")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file/out/.* cannot be written: Not a directory"):
+        list(client.download_output("j", "o", tmp_path / "file" / "out"))
 
 
 def test_a_model_is_registered_with_tags(client: Client, api: FakeApi) -> None:

@@ -28,11 +28,12 @@ from tuneloop.core.recipe.parameters import (
 )
 from tuneloop.core.recipe.parse import parse
 from tuneloop.core.recipe.resolve import Resolved, defaults_of, resolve
-from tuneloop.core.recipe.written import Recipe
+from tuneloop.core.recipe.written import STAGES, Recipe
 
 __all__ = [
     "INPUTS",
     "PARAMETERS",
+    "STAGES",
     "STEP_VERSIONS",
     "EvaluateParameters",
     "ExportParameters",

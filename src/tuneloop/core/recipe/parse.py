@@ -14,6 +14,8 @@ from tuneloop.core.recipe.lined import Document, Mistake, dotted, mistakes_of, r
 from tuneloop.core.recipe.lined import Path as Place
 from tuneloop.core.recipe.written import SECTIONS, STAGES, Recipe, all_keys
 
+_SEE_KEYS = "Every key, with its value: tuneloop run demo --dry-run -v"
+
 
 def parse(text: str, *, path: str = "recipe", overrides: Mapping[str, str] | None = None) -> Recipe:
     """`overrides` are what `--set key=value` gave: dotted keys and YAML values. Raises `RecipeError`."""
@@ -59,7 +61,7 @@ def _hint(name: str, section: str) -> str:
         elsewhere = {key.rsplit(".", 1)[-1]: key for key in all_keys()}
         other = nearest(name, elsewhere)
         near = elsewhere[other] if other else None
-        return f"Did you mean {near}?" if near else (did_you_mean(name, fields) or "")
+        return f"Did you mean {near}?" if near else (did_you_mean(name, fields) or _SEE_KEYS)
     return f"Did you mean {near}?"
 
 

@@ -14,6 +14,8 @@ from tuneloop.server.parts import Parts
 
 class CardText(BaseModel):
     text: str = Field(max_length=1_000_000)
+    path: str = "card"
+    """What its mistakes call it."""
 
 
 class CardFolder(BaseModel):
@@ -33,7 +35,7 @@ def routes(parts: Parts) -> APIRouter:
 
     @router.post("/cards", status_code=201)
     def add_card(card: CardText) -> Card:
-        return parts.catalog.add(card.text)
+        return parts.catalog.add(card.text, card.path)
 
     @router.post("/cards/{name}/source")
     def use_folder(name: str, source: CardFolder) -> Card:

@@ -187,12 +187,14 @@ def _metric_lines(parts: Parts, name: str, step: str) -> list[MetricLine]:
 def _log(parts: Parts, name: str, step: str, number: int | None, offset: int) -> dict[str, Any]:
     attempts = {attempt.number: attempt for attempt in parts.jobs.attempts(name, step)}
     chosen = attempts.get(number) if number is not None else parts.jobs.source_attempt(name, step)
-    if chosen is None:
+    if chosen is None and number is None:
         raise NotFound(
-            f"Step {step} of job {name} has no attempt {number}."
-            if number is not None
-            else f"Step {step} of job {name} has not started yet."
+            f"Step {step} of job {name} has not started yet.",
+            next_move=f"Watch it: tuneloop jobs stream {name}",
         )
+    if chosen is None:
+        there = ", ".join(str(each) for each in attempts) or "none here; leave --attempt out"
+        raise NotFound(f"Step {step} of job {name} has no attempt {number}.", next_move=f"There is: {there}.")
     try:
         with open(parts.files.folder(chosen.folder) / "log.txt", "rb") as handle:
             handle.seek(max(0, offset))
