@@ -92,6 +92,15 @@ def test_resolving_records_nothing(api: TestClient, tmp_path: Path) -> None:
     assert api.get("/api/jobs").json() == []
 
 
+def test_resolving_refuses_what_submitting_would(api: TestClient, tmp_path: Path) -> None:
+    body = submission(tmp_path, rows=GOOD_ROW + "{not json\n")
+    tried, submitted = (api.post(path, json=body) for path in ("/api/recipes/resolve", "/api/jobs"))
+    assert tried.status_code == submitted.status_code == 422
+    assert tried.json() == submitted.json()
+    (tmp_path / "train.jsonl").unlink()
+    assert api.post("/api/recipes/resolve", json=body).status_code == 404
+
+
 @pytest.mark.parametrize(
     ("row", "rule"),
     [

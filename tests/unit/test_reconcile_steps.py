@@ -341,6 +341,23 @@ def test_retry_keeps_what_succeeded() -> None:
     assert world.step("a").attempts == 1
 
 
+def test_a_job_that_cannot_move_says_why_and_moves_on_once_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.submit(step("a"))
+
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.files, "write_json", no_space)
+        world.tick(2)
+        assert "No space left on device" in (world.step("a").reason or "")
+    world.tick(2)
+    world.finish("a")
+    world.tick()
+    assert world.job().state is JobState.COMPLETED
+
+
 def test_a_slot_is_free_again_after_every_kind_of_end() -> None:
     world = World(slots=1)
     for number, end in enumerate(("succeeded", "failed", "cancel")):

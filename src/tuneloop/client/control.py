@@ -114,8 +114,10 @@ class Client:
     # ------------------------------------------------------------ jobs
 
     def resolve(self, submission: Submission) -> Resolution:
-        """The final set of parameters, without running anything."""
-        return self._view(Resolution, "POST", "/api/recipes/resolve", asdict(submission))
+        """The final set of parameters, with recipe and data checked and nothing run."""
+        return self._view(
+            Resolution, "POST", "/api/recipes/resolve", asdict(submission), timeout=SUBMIT_SECONDS
+        )
 
     def submit(self, submission: Submission) -> JobView:
         return self._view(JobView, "POST", "/api/jobs", asdict(submission), timeout=SUBMIT_SECONDS)

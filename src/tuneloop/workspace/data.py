@@ -27,6 +27,15 @@ class Data:
     def list(self) -> Sequence[Dataset]:
         return self._store.list(Dataset)
 
+    def check(self, role: str, path: Path, shown: str) -> None:
+        """Refuse what `bring_in_chat` and `bring_in_questions` would refuse; nothing is stored."""
+        _require_file(path, shown)
+        if role == "questions":
+            read_questions(path.read_bytes().splitlines(), shown)
+        else:
+            _require_jsonl(path, shown)
+            check_chat_file(path, shown)
+
     def bring_in_chat(self, path: Path, shown: str) -> tuple[ArtifactInput, Dataset]:
         """Check a chat file and store it. Raises `DataError` with a finding for every bad row, `NotFound`
         when there is no such file, `Unsupported` for a format that is not read yet."""
@@ -43,12 +52,7 @@ class Data:
         return artifact
 
     def bring_in_file(self, path: Path, shown: str) -> ArtifactInput:
-        if not path.is_file():
-            what = "is not a file" if path.exists() else "is not there"
-            raise NotFound(
-                f"{shown} {what} (looked for {path}).",
-                next_move="Data paths are relative to the recipe's folder; 'samples:' names what ships.",
-            )
+        _require_file(path, shown)
         digest, size_bytes = self._files.ingest(path)
         with self._store.transaction():
             if self._store.find(Artifact, digest) is None:
@@ -145,6 +149,15 @@ def _summary(shown: str, bad_rows: int, rows: int, findings: Sequence[dict[str, 
         f"{bad_rows} of {rows} rows of {shown} cannot be learned from; nothing was started.\n"
         f"  {place}found {first['value']} (rule {first['rule']}). {first['fix']}"
     )
+
+
+def _require_file(path: Path, shown: str) -> None:
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "is not there"
+        raise NotFound(
+            f"{shown} {what} (looked for {path}).",
+            next_move="Data paths are relative to the recipe's folder; 'samples:' names what ships.",
+        )
 
 
 def _require_jsonl(path: Path, shown: str) -> None:

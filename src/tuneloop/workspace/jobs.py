@@ -72,6 +72,13 @@ class Jobs:
             self._store.get(Compute, recipe.compute.of(stage))
         return recipes.resolve(recipe, card), card
 
+    def rehearse(self, submission: Submission) -> recipes.Resolved:
+        """Everything that `submit` would refuse is refused, and nothing is recorded."""
+        resolved, _ = self.resolve(submission)
+        for role, written in resolved.recipe.data.files().items():
+            self._data.check(role, data_path(written, submission.folder), written)
+        return resolved
+
     def submit(self, submission: Submission) -> JobRecord:
         """Check everything, bring the data in, and record the job; the reconciler does the rest.
         Raises `RecipeError`, `NotFound`, `DataError` or `Unsupported`; then nothing was recorded."""
@@ -139,7 +146,10 @@ class Jobs:
             if record.state is JobState.CANCELING:
                 return record
             if record.state in JOB_ENDED:
-                raise InvalidState(f"Job {name} has ended already: it is {record.state}.")
+                raise InvalidState(
+                    f"Job {name} has ended already: it is {record.state}.",
+                    next_move=f"Look at it with: tuneloop jobs show {name}",
+                )
             return self._move(record, JobState.CANCELING)
 
     def retry(self, name: str) -> JobRecord:

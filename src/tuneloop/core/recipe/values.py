@@ -65,9 +65,11 @@ def _digit_text(value: object) -> object:
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Integer = Annotated[int, BeforeValidator(_integer)]
 Number = Annotated[float, BeforeValidator(_number)]
-Count = Annotated[int, BeforeValidator(_integer), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(_integer), Field(ge=0)]
-CountOrOff = Annotated[int, BeforeValidator(_integer), Field(ge=-1)]
+GREATEST = 2**31 - 1
+"""More than any count can mean; a slip of the keyboard should not train for ever."""
+Count = Annotated[int, BeforeValidator(_integer), Field(ge=1, le=GREATEST)]
+CountOrZero = Annotated[int, BeforeValidator(_integer), Field(ge=0, le=GREATEST)]
+CountOrOff = Annotated[int, BeforeValidator(_integer), Field(ge=-1, le=GREATEST)]
 """-1 stands for "no limit" or "not set"."""
 Length = Annotated[int, BeforeValidator(_integer), AfterValidator(_length)]
 PositiveNumber = Annotated[float, BeforeValidator(_number), Field(gt=0)]

@@ -66,7 +66,7 @@ def routes(parts: Parts) -> APIRouter:
 
     @router.post("/recipes/resolve")
     def resolve(body: SubmissionBody) -> dict[str, Any]:
-        resolved, _ = parts.jobs.resolve(body.submission())
+        resolved = parts.jobs.rehearse(body.submission())
         return {
             "display_name": display_name(resolved),
             "parameters": resolved.parameters,

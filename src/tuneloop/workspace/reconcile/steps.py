@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,8 +75,17 @@ class Pipelines:
                 self._job(record)
             except (Stale, NotFound) as lost:
                 log.info("job %s: somebody else moved first: %s", record.key, lost)
-            except Exception:
+            except Exception as defect:
                 log.exception("job %s: this round failed; the next one tries again", record.key)
+                self._confess(record, defect)
+
+    def _confess(self, record: JobRecord, defect: Exception) -> None:
+        """Why the job does not move, where people look: at its first step that has not ended."""
+        steps = {step.step: step for step in self._store.list(StepRecord, parent=record.key)}
+        waiting = [steps[step.name] for step in record.job.steps if steps[step.name].state not in STEP_ENDED]
+        if waiting:
+            with contextlib.suppress(Stale, NotFound):
+                self._because(waiting[0], f"stuck, and tried again: {type(defect).__name__}: {defect}")
 
     def is_busy(self) -> bool:
         return bool(self._store.list(JobRecord, states=OPEN, limit=1))
