@@ -27,6 +27,7 @@ from tuneloop.client import views
 from tuneloop.core import errors, settings, states, support
 from tuneloop.core.recipe.component import INPUTS
 from tuneloop.core.recipe.key import STEP_VERSIONS
+from tuneloop.core.recipe.values import GREATEST
 from tuneloop.core.recipe.written import SECTIONS, Recipe
 from tuneloop.server.app import create_app
 
@@ -212,7 +213,7 @@ def _limits(field: Any) -> list[str]:
         f"{word} {getattr(one, limit):g}"
         for one in found
         for limit, word in words.items()
-        if getattr(one, limit, None) is not None
+        if getattr(one, limit, None) not in {None, GREATEST}  # said once, at the top of the page
     ]
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @click.option("--experiment", metavar="NAME", help="List the job under this experiment.")
 @click.option("--force-rerun", is_flag=True, help="Run every step, even where an equal one has a result.")
 @click.option("--detach", is_flag=True, help="Submit, say the job's name, and do not watch.")
-@click.option("--dry-run", is_flag=True, help="Check recipe and data, print the final parameters, run nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check recipe and data, print the final parameters, run nothing."
+)
 @click.option("--verbose", "-v", is_flag=True, help="Print the parameters at their built-in values too.")
 @output.json_option
 def run_(
