@@ -173,7 +173,7 @@ def _tell(model: ModelRecord) -> None:
             "base model": lineage.base_model,
             "job": f"{lineage.job}:{lineage.output}" if lineage.job else None,
             "attempt": lineage.attempt,
-            "data": lineage.datasets,
+            **{f"data, {role}": name for role, name in lineage.datasets.items()},
             "recipe": lineage.recipe_digest,
             "code": lineage.code_version,
             "MLflow version": model.mlflow_version,
