@@ -43,9 +43,9 @@ def test_a_taken_port_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             daemon.ensure(Settings(home=tmp_path / "home"))
 
 
-def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_home_that_is_no_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(HomeUnusable, match="cannot be written"):
+    with pytest.raises(HomeUnusable, match="is not a folder"):
         daemon.ensure(Settings(home=tmp_path / "file"))
 
 
