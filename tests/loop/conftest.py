@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,16 @@ import pytest
 
 from tests.loop.world import LoopWorld, wait_for
 from tests.models import tiny_model
+from tuneloop import daemon
+
+
+@pytest.fixture(scope="session", autouse=True)
+def collect_servers() -> Iterator[None]:
+    """Servers are meant to outlive whoever started them; here the last one is waited for."""
+    yield
+    for child in daemon._started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=10)
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,10 @@ def open_server(tracking_uri: str, artifact_folder: Path) -> MlflowServer:
     return MlflowServer(tracking_uri, artifact_folder)
 
 
+EXPERIMENT_KIND = "mlflow.experimentKind"
+"""Says that runs and curves, not traces of agents, are what this experiment is about."""
+
+
 class MlflowServer:
     """See `ports.TrackingServer`. `artifact_folder` holds what MLflow itself keeps as files."""
 
@@ -114,7 +118,9 @@ class MlflowServer:
         if found is None:
             # Said, because the default is a folder `mlruns` wherever the process was started.
             location = (self._artifact_folder / "runs" / quote(name, safe="")).absolute().as_uri()
-            number = str(client.create_experiment(name, location))
+            number = str(
+                client.create_experiment(name, location, {EXPERIMENT_KIND: "custom_model_development"})
+            )
         else:
             number = str(found.experiment_id)
             if found.lifecycle_stage == "deleted":

@@ -33,6 +33,9 @@ DATABASE_SECONDS = 60.0
 """The tracker makes the database when the background server starts; that takes it some seconds."""
 STOP_SECONDS = 20.0
 
+RUNS = "#/experiments?workflowType=machine_learning"
+"""Where runs and curves are: MLflow's first page is about agents and their traces."""
+
 
 @click.command("mlflow")
 @click.option(
@@ -63,7 +66,7 @@ def mlflow_(port: int) -> int:
     server = _start(uri, port, folder)
     try:
         _wait_until_it_answers(server, port)
-        output.say(f"MLflow: http://127.0.0.1:{port}   (Ctrl-C stops it)")
+        output.say(f"MLflow: http://127.0.0.1:{port}/{RUNS}   (Ctrl-C stops it)")
         return server.wait()
     except KeyboardInterrupt:
         output.note("Stopping MLflow.")
