@@ -38,8 +38,6 @@ class DeploymentRecord(Record):
     replicas: int = 1
     request_timeout_seconds: float = 90.0
     state: DeploymentState = DeploymentState.CREATING
-    generation: int = 1
-    """Rises when replicas are to be given up and started afresh."""
     crashes: int = 0
     error: ErrorInfo | None = None
 
@@ -59,7 +57,6 @@ class ReplicaRecord(Record):
     number: int
     """Rises with every start; never used twice within a deployment."""
     state: ReplicaState = ReplicaState.CLAIMED
-    generation: int = 1
     folder: str
     address: str | None = None
     process: ProcessIdentity | None = None
