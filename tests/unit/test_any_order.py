@@ -64,6 +64,9 @@ class WatchedStore(FakeStore):
 
     def insert(self, record: R) -> R:
         self._count()
+        if isinstance(record, AttemptRecord):
+            # Raised inside a round, so it reaches `no_round_failed`.
+            assert self.get(JobRecord, record.job).state is not states.JobState.CANCELING
         return super().insert(record)
 
     def update(self, record: R) -> R:
@@ -271,6 +274,17 @@ class AnyOrder(RuleBasedStateMachine):
         running = {one.key for one in self.store.list(StepRecord, states=[states.StepState.RUNNING])}
         assert set(open_attempts) == running
         assert all(count == 1 for count in open_attempts.values())
+
+    @invariant()
+    def what_keeps_vanishing_is_given_up(self) -> None:
+        for step in self.store.list(StepRecord):
+            attempts = self.store.list(AttemptRecord, parent=step.key)
+            vanished = [
+                one
+                for one in attempts
+                if one.number > step.counted_from and one.error and one.state is states.AttemptState.LOST
+            ]
+            assert len(vanished) <= 3
 
     @invariant()
     def every_process_is_known(self) -> None:
