@@ -22,7 +22,7 @@ def collect_servers() -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith(("MLFLOW_TRACKING_", "TUNELOOP_MLFLOW_"))]:
         del os.environ[name]
     yield
-    for child in daemon._started:
+    for child in daemon.started:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=10)
 

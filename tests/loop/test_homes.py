@@ -36,7 +36,7 @@ def take_down(home: Path) -> None:
         client = Client(found.url, found.token)
         client.shutdown("all")
         client.close()
-    wait_for(lambda: not daemon._is_locked(home), "the server to end", 60)
+    wait_for(lambda: not daemon.is_locked(home), "the server to end", 60)
 
 
 def move(world: LoopWorld, target: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_server_ends_with_its_disk_and_starts_again_where_it_is_found(tmp_path
 
 
 def _is_zombie(pid: int) -> bool:
-    for child in daemon._started:
+    for child in daemon.started:
         child.poll()
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -163,10 +163,10 @@ def test_a_server_that_holds_a_home_and_does_not_answer_is_named(
 ) -> None:
     home = tmp_path / "home"
     daemon.prepare_home(Settings(home=home))
-    monkeypatch.setattr(daemon, "HELD_SECONDS", 0.2)
+    monkeypatch.setattr(daemon.finding, "HELD_SECONDS", 0.2)
     (home / "server.json").write_text(json.dumps({"pid": 4242, "port": 1, "home": "/old/place"}))
     with (
-        daemon._only_server(home),
+        daemon.only_server(home),
         pytest.raises(HomeUnusable, match=r"pid 4242.*lay at /old/place.*kill 4242"),
     ):
         daemon.ensure(Settings(home=home))

@@ -37,7 +37,7 @@ ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
     made = Settings(home=tmp_path_factory.mktemp("security") / "home")
     daemon.prepare_home(made)
-    parts, _ = daemon.assemble(made, daemon._Lifetime())
+    parts, _ = daemon.assemble(made, daemon.Lifetime())
     yield parts
     parts.store.close()  # type: ignore[attr-defined]
 

@@ -72,7 +72,7 @@ def test_ending_the_server_alone_leaves_its_processes_to_the_next(world: LoopWor
     wait_for(lambda: world.client.endpoint("chat")["scoring_uri"], "the router")
     router = world.identity(world.service_folder("router"))
     world.client.shutdown("server")
-    wait_for(lambda: not daemon._is_locked(world.home), "the server to end")
+    wait_for(lambda: not daemon.is_locked(world.home), "the server to end")
     assert any("router" in owner for owner in world.processes())
     world.restart_server()
     assert world.identity(world.service_folder("router")) == router

@@ -112,8 +112,8 @@ class LoopWorld:
             self.restart_server()
         self.client.shutdown("all")
         self.client.close()
-        wait_for(lambda: not daemon._is_locked(self.home), "the server to end")
-        for child in daemon._started:
+        wait_for(lambda: not daemon.is_locked(self.home), "the server to end")
+        for child in daemon.started:
             child.poll()
 
     def home_id(self) -> str:

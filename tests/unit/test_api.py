@@ -30,7 +30,7 @@ GOOD_ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant
 def parts(tmp_path: Path) -> Iterator[Parts]:
     settings = Settings(home=tmp_path / "home")
     daemon.prepare_home(settings)
-    parts, _ = daemon.assemble(settings, daemon._Lifetime())
+    parts, _ = daemon.assemble(settings, daemon.Lifetime())
     yield parts
     parts.store.close()  # type: ignore[attr-defined]
 

@@ -44,7 +44,7 @@ from tuneloop.core.settings import Settings
 from tuneloop.server.app import create_app
 settings = Settings(home=pathlib.Path(tempfile.mkdtemp()))
 daemon.prepare_home(settings)
-parts, reconciler = daemon.assemble(settings, daemon._Lifetime())
+parts, reconciler = daemon.assemble(settings, daemon.Lifetime())
 create_app(parts)
 """
     assert loaded(program).isdisjoint(HEAVY)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneloop.core.machine import Machine, this_machine, within_limits
+from tuneloop.core.machine import Machine, group_memory, this_machine, within_limits
 
 GIB = 1 << 30
 
@@ -93,3 +93,29 @@ def test_this_machine_has_cores_and_memory() -> None:
     found = this_machine()
     assert found.cores >= 1
     assert found.memory_bytes > 0
+
+
+def test_what_is_left_is_that_of_the_group_that_leaves_the_least(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/outer/inner",
+        "sys/fs/cgroup/memory.max": "max",
+        "sys/fs/cgroup/memory.current": "700",
+        "sys/fs/cgroup/outer/memory.max": "4000",
+        "sys/fs/cgroup/outer/memory.current": "3900",
+        "sys/fs/cgroup/outer/inner/memory.max": "2000",
+        "sys/fs/cgroup/outer/inner/memory.current": "500",
+    }
+    assert group_memory(lay_out(tmp_path, files)) == (4000, 3900)
+
+
+def test_version_1_tells_what_is_left_too(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "4:memory:/",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "4000",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000",
+    }
+    assert group_memory(lay_out(tmp_path, files)) == (4000, 1000)
+
+
+def test_without_a_group_nothing_is_said_of_it(tmp_path: Path) -> None:
+    assert group_memory(tmp_path) is None

@@ -33,6 +33,17 @@ def this_machine() -> Machine:
     return within_limits(Path("/"), allowed, psutil.virtual_memory().total)
 
 
+def group_memory(root: Path = Path("/")) -> tuple[int, int] | None:
+    """(limit, in use) in bytes of the control group that leaves this process the least; None without one."""
+    found = []
+    for folder in _folders(root, "memory"):
+        limit = _memory(folder)
+        used = _first_number(folder, "memory.current", "memory.usage_in_bytes")
+        if limit is not None and used is not None:
+            found.append((limit[0], used[0]))
+    return min(found, key=lambda group: group[0] - group[1], default=None)
+
+
 def within_limits(root: Path, cores: int, memory_bytes: int) -> Machine:
     """`cores` and `memory_bytes`, or less where a control group under `root` (`/` but for tests) says so."""
     limited: list[str] = []
@@ -96,7 +107,11 @@ def _share(quota: str, period: str, file: Path) -> tuple[float, Path] | None:
 
 
 def _memory(folder: Path) -> tuple[int, Path] | None:
-    for name in ("memory.max", "memory.limit_in_bytes"):
+    return _first_number(folder, "memory.max", "memory.limit_in_bytes")
+
+
+def _first_number(folder: Path, *names: str) -> tuple[int, Path] | None:
+    for name in names:
         for line in _lines(folder / name):
             if line.isdigit():
                 return int(line), folder / name

@@ -204,19 +204,6 @@ def test_a_hidden_gpu_is_told_by_the_variable_that_hides_it(monkeypatch: pytest.
     assert (found.state, found.fix) == ("warn", "unset CUDA_VISIBLE_DEVICES")
 
 
-def test_the_limit_of_a_container_is_read_in_both_versions(tmp_path: Path) -> None:
-    assert machine.container_limit(tmp_path) is None
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("4000\n")
-    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000\n")
-    assert machine.container_limit(tmp_path) == (4000, 1000)
-    (tmp_path / "memory.max").write_text("2000\n")
-    (tmp_path / "memory.current").write_text("500\n")
-    assert machine.container_limit(tmp_path) == (2000, 500)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.container_limit(tmp_path) == (4000, 1000)
-
-
 def test_few_open_files_come_with_the_command_that_allows_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (256, 1_000_000))
     found = machine.check_open_files()

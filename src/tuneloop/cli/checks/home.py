@@ -176,18 +176,17 @@ def _space(name: str, place: Path, little: float, why: str) -> Check:
 
 def check_schema(settings: Settings) -> Check:
     """Told without a server: a home that a newer Tuneloop wrote is not touched by this one."""
+    from tuneloop import daemon
+    from tuneloop.core.errors import HomeUnusable
     from tuneloop.core.home import SCHEMA_VERSION
 
-    database = settings.database
-    if not database.exists():
-        return Check("schema", "ok", "no store yet; the server makes it")
     try:
-        found = int(str(ask(database, "select value from meta where name = 'schema_version'")))
-    except (sqlite3.Error, ValueError) as error:
+        found = daemon.schema_of(settings)
+    except HomeUnusable as broken:
         why = "The store holds every job, model and endpoint."
-        return Check(
-            "schema", "fail", f"{database}: {error}", f"Restore it from {settings.home}/backups", why
-        )
+        return Check("schema", "fail", str(broken.message), f"Restore it from {settings.home}/backups", why)
+    if found is None:
+        return Check("schema", "ok", "no store yet; the server makes it")
     if found > SCHEMA_VERSION:
         why = "A newer Tuneloop wrote this home; this one would not understand it, and does not touch it."
         newer = f"version {found}; this Tuneloop knows {SCHEMA_VERSION}"

@@ -234,9 +234,11 @@ def _cores() -> int:
 def check_memory() -> Check:
     import psutil
 
+    from tuneloop.core.machine import group_memory
+
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
-    limit = container_limit()
+    limit = group_memory()
     if limit is not None and limit[0] < total:
         total, free = limit[0], min(free, max(0, limit[0] - limit[1]))
     found = f"{output.size(free)} free of {output.size(total)}"
@@ -250,19 +252,6 @@ def check_memory() -> Check:
             "memory", "warn", found, "End what holds it; the largest: ps aux --sort=-rss | head", why
         )
     return Check("memory", "ok", found)
-
-
-def container_limit(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """(limit, in use) in bytes of the control group, version 2 or 1; None without one."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return int((root / limit).read_text()), int((root / used).read_text())
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def check_open_files() -> Check:
