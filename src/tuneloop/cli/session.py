@@ -88,6 +88,12 @@ def endpoint_client(session: Session, name: str, deployment: str | None = None) 
     return caller
 
 
+def prepared_home(settings: Settings) -> Path:
+    """The home, made where it is missing. Raises `HomeUnusable` when it cannot be used by this version."""
+    home: Path = _daemon().prepare_home(settings)
+    return home
+
+
 def submission(**fields: Any) -> Submission:
     """A recipe to submit from this process: its environment's allow-listed part goes along."""
     from tuneloop.client import Submission

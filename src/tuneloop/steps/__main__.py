@@ -151,6 +151,7 @@ def _check_disk_order(folder: Path) -> None:
 
 def _describe(defect: BaseException, context: StepContext) -> ErrorInfo:
     job, step, _ = context.step.attempt.split("/")
+    is_look = job == "look"
     lines = traceback.format_exception(defect)
     if isinstance(defect, MemoryError):
         return ErrorInfo(
@@ -158,13 +159,16 @@ def _describe(defect: BaseException, context: StepContext) -> ErrorInfo:
             message=f"The machine has no memory left for this step: {defect or 'allocation failed'}.",
             next="Lower max_seq_length or per_device_train_batch_size, or close other programs.",
         )
-    known = disk.explain(defect, context.folder, f"Free some space there, then: tuneloop jobs retry {job}")
+    again = "try again." if is_look else f"tuneloop jobs retry {job}"
+    known = disk.explain(defect, context.folder, f"Free some space there, then: {again}")
     if known is not None:
         return ErrorInfo.model_validate(known.to_json())
     return ErrorInfo(
         code=Internal.code,
         message=f"{type(defect).__name__}: {defect}",
-        next=f"The whole traceback is in the step's log: tuneloop jobs logs {job} --step {step}",
+        next=f"The whole traceback is in {context.folder / 'log.txt'}"
+        if is_look
+        else f"The whole traceback is in the step's log: tuneloop jobs logs {job} --step {step}",
         details={"traceback": "".join(lines)[-4000:]},
     )
 

@@ -6,7 +6,16 @@ a `version` that every write checks, and lives in the store under `key` (and `pa
 Times are UTC. Digests are written `sha256:<64 hex>`.
 """
 
-from tuneloop.core.types.base import ArtifactKind, ErrorInfo, Noun, ProcessIdentity, Record, StepKind, dump
+from tuneloop.core.types.base import (
+    ArtifactKind,
+    ErrorInfo,
+    LookKind,
+    Noun,
+    ProcessIdentity,
+    Record,
+    StepKind,
+    dump,
+)
 from tuneloop.core.types.catalog import (
     Architecture,
     Card,
@@ -79,6 +88,7 @@ __all__ = [
     "JobRecord",
     "JobSettings",
     "Lineage",
+    "LookKind",
     "MetricLine",
     "ModelRecord",
     "Noun",

@@ -54,7 +54,10 @@ class ProcessIdentity(Noun):
 
 
 StepKind = Literal["model_import", "preprocess", "finetune", "export", "evaluate"]
-"""What `python -m tuneloop.steps` can run."""
+"""The steps of a job."""
+
+LookKind = Literal["tokenizer", "check", "probe", "dataset_download"]
+"""What `python -m tuneloop.steps` runs besides: a look at data or at the machine, before any job."""
 
 
 ArtifactKind = Literal["folder", "file", "model_folder", "dataset_folder", "adapter_folder", "mlflow_model"]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import JsonValue, field_validator
 
-from tuneloop.core.types.base import ArtifactKind, ErrorInfo, Noun, StepKind
+from tuneloop.core.types.base import ArtifactKind, ErrorInfo, LookKind, Noun, StepKind
 
 
 class StepFileInput(Noun):
@@ -23,7 +23,7 @@ class StepFile(Noun):
     attempt: str
     """`job/step/n`."""
     attempt_id: str
-    kind: StepKind
+    kind: StepKind | LookKind
     parameters: dict[str, JsonValue] = {}
     inputs: dict[str, StepFileInput] = {}
     outputs: dict[str, ArtifactKind] = {}
