@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import FAMILIES, MORE_FAMILIES, TEMPLATES, TOKENS, Family, tiny_tokenizer
-from tuneloop.core.chat import ChatTemplate, check_messages, mask_tokens
+from tuneloop.core.chat import ChatTemplate, mask_tokens
 from tuneloop.core.errors import DataError, ModelUnavailable, Unsupported
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -399,47 +399,53 @@ def test_a_template_with_a_date_is_known_for_it() -> None:
     assert not ChatTemplate(TEMPLATES["llama"]).writes_date
 
 
-# ---------------------------------------------------------------- rows
+# ---------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize(
-    ("row", "rule", "field"),
-    [
-        ([], "row_is_object", ""),
-        ({"prompt": "a", "completion": "b"}, "messages_present", "messages"),
-        ({"messages": "hello"}, "messages_is_list", "messages"),
-        ({"messages": []}, "assistant_turn", "messages"),
-        ({"messages": [TALK[1]]}, "assistant_turn", "messages"),
-        ({"messages": [TALK[1], "yes"]}, "message_is_object", "messages[1]"),
-        ({"messages": [TALK[2], {"role": "bot", "content": "x"}]}, "role_known", "messages[1].role"),
-        ({"messages": [TALK[2], {"content": "x"}]}, "role_known", "messages[1].role"),
-        ({"messages": [{"role": "assistant", "content": " \n"}]}, "content_not_empty", "messages[0].content"),
-        ({"messages": [{"role": "assistant"}]}, "content_is_text", "messages[0].content"),
-        ({"messages": [{"role": "assistant", "content": ["x"]}]}, "content_is_text", "messages[0].content"),
-        (
-            {"messages": [{"role": "assistant", "content": "\ud83d"}]},
-            "content_is_unicode",
-            "messages[0].content",
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
-            "key_unsupported",
-            "messages[0].tool_calls",
-        ),
-        ({"messages": [TALK[2]], "tools": [{"type": "function"}]}, "tools_unsupported", "tools"),
-    ],
+WEIGHTED = [
+    TALK[1],
+    {**TALK[2], "weight": 0},
+    TALK[3],
+    {**TALK[4], "weight": 1},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
+def test_an_answer_of_weight_zero_is_in_the_text_and_not_learned(family: Family) -> None:
+    template = ChatTemplate(TEMPLATES[family], TOKENS[family], family)
+    plain = template.segments(TALK[1:])
+    weighted = template.segments(WEIGHTED)
+    assert weighted.text == plain.text
+    assert weighted.learned == plain.learned[1:]
+
+
+def test_answers_of_weight_one_are_learned_as_those_without() -> None:
+    template = ChatTemplate(TEMPLATES["qwen2"], TOKENS["qwen2"])
+    heavy = [{**message, "weight": 1} for message in TALK]
+    assert template.segments(heavy) == template.segments(TALK)
+
+
+def test_a_template_never_sees_a_weight() -> None:
+    source = "{% for m in messages %}{{ m.keys() | sort | join(',') }}:{{ m.content }};{% endfor %}"
+    text = ChatTemplate(source).render([{**TALK[1], "weight": 0, "name": "Ann"}])
+    assert text.startswith("content,name,role:")
+
+
+WITH_PLACE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}%ANSWER%{% else %}"
+    "<{{ m.content }}>{% endif %}{% endfor %}"
 )
-def test_a_row_that_cannot_be_learned_from_is_found(row: object, rule: str, field: str) -> None:
-    findings = check_messages(row)
-    assert (rule, field) in [(finding.rule, finding.field) for finding in findings]
-    assert all(finding.fix for finding in findings)
 
 
-def test_a_good_row_has_no_findings() -> None:
-    assert check_messages({"prompt": "x", "prompt_id": "1", "messages": TALK}) == []
+def test_weights_go_with_the_marks_of_a_template() -> None:
+    source = WITH_PLACE.replace("%ANSWER%", "{% generation %}{{ m.content }}{% endgeneration %}")
+    rendered = ChatTemplate(source).segments(WEIGHTED)
+    assert [rendered.text[start:end] for start, end in rendered.learned] == [TALK[4]["content"]]
 
 
-def test_all_mistakes_of_a_row_are_found_at_once() -> None:
-    row = {"messages": [{"role": "bot", "content": ""}, {"role": "user", "content": 3}]}
-    rules = [finding.rule for finding in check_messages(row)]
-    assert rules == ["role_known", "content_not_empty", "content_is_text", "assistant_turn"]
+def test_a_template_with_two_marks_for_an_answer_cannot_be_weighted() -> None:
+    twice = "{% generation %}a{% endgeneration %}{% generation %}{{ m.content }}{% endgeneration %}"
+    template = ChatTemplate(WITH_PLACE.replace("%ANSWER%", twice))
+    assert len(template.segments(TALK).learned) == 4
+    with pytest.raises(Unsupported, match="4 spans for 2 answers"):
+        template.segments(WEIGHTED)

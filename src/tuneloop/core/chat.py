@@ -38,11 +38,6 @@ ROLES = ("system", "user", "assistant")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The named tokens that transformers hands to a template."""
 
-_SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-
-_IGNORED_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Keys of a message that some templates obey and others drop in silence."""
-
 Message = Mapping[str, Any]
 
 
@@ -113,17 +108,35 @@ class ChatTemplate:
     def segments(self, messages: Sequence[Message]) -> Rendered:
         """The text and its learned spans, one per assistant turn that the template writes.
 
-        Raises `DataError` when the template refuses the conversation or leaves a message out, and
-        `Unsupported` when the answers cannot be told from the rest of the text.
+        An answer with the weight 0 (OpenAI's format for fine-tuning) is in the text and not learned. Raises
+        `DataError` when the template refuses the conversation or leaves a message out, and `Unsupported` when
+        the answers cannot be told from the rest of the text.
         """
         text = self.render(messages)
         if marks_generation(self.source):
-            return _strip_markers(self._render(messages, False, track=True), text)
+            learned = _strip_markers(self._render(messages, False, track=True), text)
+        else:
+            learned = self._spans_by_frame(messages, text) or self._located(messages, text)
+        return Rendered(text, self._without_weightless(messages, learned))
+
+    def _located(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         _refuse_dropped(messages, text, self.origin)
-        learned = self._spans_by_placeholders(messages, text)
-        if learned is None:
-            learned = self._spans_by_prefixes(messages, text)
-        return Rendered(text, learned)
+        found = self._spans_by_placeholders(messages, text)
+        return self._spans_by_prefixes(messages, text) if found is None else found
+
+    def _without_weightless(
+        self, messages: Sequence[Message], learned: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        counts = [message.get("weight") != 0 for message in messages if message["role"] == "assistant"]
+        if all(counts):
+            return learned
+        if len(counts) != len(learned):
+            raise Unsupported(
+                f"{self.origin} marks {len(learned)} spans for {len(counts)} answers, so the answer with the "
+                "weight 0 cannot be told from the others.",
+                next_move="Mark every answer in the template with one {% generation %} block.",
+            )
+        return [span for span, is_learned in zip(learned, counts, strict=True) if is_learned]
 
     # ------------------------------------------------------------ rendering
 
@@ -136,8 +149,11 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, track: bool) -> str:
         self._compiled_or_refused()
         template = compile_template(self.source, track)
-        # As transformers does it: a key whose value is None counts as absent.
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        # As transformers does it: a key whose value is None counts as absent. Weights are for the loss.
+        given = [
+            {key: value for key, value in message.items() if value is not None and key != "weight"}
+            for message in messages
+        ]
         try:
             return template.render(
                 messages=given,
@@ -166,6 +182,54 @@ class ChatTemplate:
         prompt = self.render(_PROBE[:1], add_generation_prompt=True)
         lead = ended[len(prompt) : ended.index(mark)] if ended.startswith(prompt) else ""
         return _Habits(lead, end_marker(tails, self.special_tokens.get("eos_token", "")))
+
+    @cached_property
+    def _frames(self) -> dict[tuple[str, ...], tuple[str, ...] | None]:
+        """Roles to what the template writes before, between and after the contents; None where it does
+        anything but write each content once, in order."""
+        return {}
+
+    def _spans_by_frame(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
+        """Where the text is the contents in the frame of their roles, as it nearly always is: the same spans
+        as by placeholders, without rendering once more. None where it is not, and without answers."""
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._frames:
+            if len(self._frames) >= _MOST_FRAMES:
+                return None
+            self._frames[roles] = self._frame(roles)
+        frame = self._frames[roles]
+        if frame is None or any(not _FRAMED_KEYS.issuperset(message) for message in messages):
+            return None
+        learned = []
+        position = 0
+        for between, message in zip(frame, messages, strict=False):
+            content = message["content"]
+            start = position + len(between)
+            if not (text.startswith(between, position) and text.startswith(content, start)):
+                return None
+            position = start + len(content)
+            if message["role"] == "assistant":
+                if self._habits.lead and between.endswith(self._habits.lead):
+                    start -= len(self._habits.lead)
+                learned.append((start, position + len(self._marker_at(text, position))))
+        return learned if text[position:] == frame[-1] else None
+
+    def _frame(self, roles: tuple[str, ...]) -> tuple[str, ...] | None:
+        marks = _placeholders(len(roles), "")
+        try:
+            rest = self.render(
+                [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            )
+        except DataError:
+            return None
+        frame = []
+        for mark in marks:
+            between, found, rest = rest.partition(mark)
+            if not found:
+                return None
+            frame.append(between)
+        frame.append(rest)
+        return None if any(mark in between for mark in marks for between in frame) else tuple(frame)
 
     def _spans_by_placeholders(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
         """Render with every answer replaced by a placeholder: what stands between the placeholders is the
@@ -227,6 +291,10 @@ class ChatTemplate:
         )
 
 
+_MOST_FRAMES = 512
+_FRAMED_KEYS = frozenset(("role", "content", "weight"))
+
+
 class _Habits(NamedTuple):
     lead: str
     """What stands between the generation prompt and a last answer (Qwen3 writes an empty thought there)."""
@@ -254,69 +322,6 @@ def mask_tokens(offsets: Iterable[tuple[int, int]], learned: Sequence[tuple[int,
             span = next(spans, None)
         mask.append(span is not None and first >= 0 and first < span[1] and end > span[0])
     return mask
-
-
-def check_messages(row: object) -> list[Finding]:
-    """What is wrong with a row, as far as it can be told without a model. Empty: the row can be rendered."""
-    if not isinstance(row, dict):
-        return [Finding("row_is_object", "", _shown(row), f"Write every line as an object: {_SHAPE}")]
-    messages = row.get("messages")
-    if messages is None:
-        keys = ", ".join(f"'{key}'" for key in row)
-        found = f"only {_short(keys)}" if keys else "an empty object"
-        return [Finding("messages_present", "messages", found, f"Give every row a list: {_SHAPE}")]
-    if not isinstance(messages, list):
-        return [Finding("messages_is_list", "messages", _shown(messages), f"Write a list: {_SHAPE}")]
-    findings = [
-        finding for number, message in enumerate(messages) for finding in _check_message(number, message)
-    ]
-    if row.get("tools"):
-        fix = "Tool calls are not learned; remove 'tools' from the row."
-        findings.append(Finding("tools_unsupported", "tools", _shown(row["tools"]), fix))
-    if not any(isinstance(message, dict) and message.get("role") == "assistant" for message in messages):
-        fix = "Add the assistant's answer, or remove the row: only what the assistant says is learned."
-        count = f"{len(messages)} message{'' if len(messages) == 1 else 's'}"
-        findings.append(Finding("assistant_turn", "messages", f"{count}, none of the assistant", fix))
-    return findings
-
-
-def _check_message(number: int, message: object) -> list[Finding]:
-    where = f"messages[{number}]"
-    if not isinstance(message, dict):
-        return [Finding("message_is_object", where, _shown(message), 'Write {"role": ..., "content": ...}.')]
-    findings = []
-    role = message.get("role")
-    if role not in ROLES:
-        fix = f"Use one of {', '.join(ROLES)}."
-        findings.append(Finding("role_known", f"{where}.role", _shown(role), fix))
-    for key in _IGNORED_KEYS:
-        if message.get(key):
-            fix = f"Only 'role' and 'content' are learned; remove {key!r}, or write it into 'content'."
-            findings.append(Finding("key_unsupported", f"{where}.{key}", _shown(message[key]), fix))
-    return [*findings, *_check_content(f"{where}.content", message.get("content"))]
-
-
-def _check_content(where: str, content: object) -> list[Finding]:
-    if not isinstance(content, str):
-        return [Finding("content_is_text", where, _shown(content), "Write the text as one string.")]
-    if not content.strip():
-        return [
-            Finding("content_not_empty", where, _shown(content), "Write the text, or remove the message.")
-        ]
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        fix = "Replace the broken escape (half of a surrogate pair) by the character that was meant."
-        return [Finding("content_is_unicode", where, ascii(content)[:80], fix)]
-    return []
-
-
-def _shown(value: object) -> str:
-    return _short(json.dumps(value, ensure_ascii=False, default=repr))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ---------------------------------------------------------------- finding answers in the text
@@ -352,7 +357,7 @@ def _refuse_dropped(messages: Sequence[Message], text: str, origin: str) -> None
             )
 
 
-def _strip_markers(marked: str, text: str) -> Rendered:
+def _strip_markers(marked: str, text: str) -> list[tuple[int, int]]:
     """The spans that the template itself marks with `{% generation %}`."""
     pieces = re.split(f"[{GENERATION_START}{GENERATION_END}]", marked)
     if "".join(pieces) != text:
@@ -364,7 +369,7 @@ def _strip_markers(marked: str, text: str) -> Rendered:
         if number % 2:
             learned.append((position, position + len(piece)))
         position += len(piece)
-    return Rendered(text, learned)
+    return learned
 
 
 # ---------------------------------------------------------------- reading tokenizer folders

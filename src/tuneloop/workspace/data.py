@@ -3,20 +3,44 @@ works on what was there at that moment, whatever happens to the file later."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tuneloop.core.chat import check_messages
-from tuneloop.core.errors import DataError, NotFound, Unsupported, UsageError
+from tuneloop.core.data.check import check_files
+from tuneloop.core.data.detecting import stamp
+from tuneloop.core.data.reading import Source, open_source
+from tuneloop.core.data.report import FileReport, Report, RowFinding
+from tuneloop.core.errors import DataError, NotFound
+from tuneloop.core.names import check_name, did_you_mean
 from tuneloop.core.ports import Clock, Files, Store
 from tuneloop.core.questions import read_questions
-from tuneloop.core.types import Artifact, ArtifactInput, Dataset
+from tuneloop.core.types import Artifact, ArtifactInput, Dataset, dump
 
 MAX_FINDINGS = 100
 """More are counted but not listed."""
+
+
+@dataclass(frozen=True)
+class ChatFiles:
+    """Files of conversations by what they are for: `train`, `validation`, `test`."""
+
+    paths: Mapping[str, Path]
+    shown: Mapping[str, str]
+    """What each is called in messages."""
+    column: str = "messages"
+    """Where in a row the conversation is."""
+    bad_rows: int = 0
+    """So many rows may be bad, in all files together; they are left out, and it is said."""
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What was brought in, by what it is for."""
+
+    inputs: dict[str, ArtifactInput]
+    datasets: dict[str, Dataset]
+    warnings: tuple[str, ...] = ()
 
 
 class Data:
@@ -28,24 +52,63 @@ class Data:
     def list(self) -> Sequence[Dataset]:
         return self._store.list(Dataset)
 
-    def check(self, role: str, path: Path, shown: str) -> None:
-        """Refuse what `bring_in_chat` and `bring_in_questions` would refuse; nothing is stored."""
-        _require_file(path, shown)
-        if role == "questions":
-            read_questions(path.read_bytes().splitlines(), shown)
-        else:
-            _require_jsonl(path, shown)
-            check_chat_file(path, shown)
+    def get(self, name: str) -> Dataset:
+        """`NAME:VERSION`, or `NAME`: the one that was stored last. Raises `NotFound` with the nearest."""
+        wanted, _, version = name.partition(":")
+        found = [each for each in self.list() if each.name == wanted]
+        chosen = next((each for each in reversed(found) if version in ("", each.dataset_version)), None)
+        if chosen is not None:
+            return chosen
+        if found:
+            known = ", ".join(each.dataset_version for each in found)
+            raise NotFound(f"There is no version '{version}' of {wanted}.", next_move=f"There is: {known}.")
+        hint = did_you_mean(wanted, {each.name for each in self.list()})
+        raise NotFound(
+            f"There is no data named '{wanted}'.",
+            next_move=hint or "Register a file: tuneloop data register FILE",
+        )
 
-    def bring_in_chat(self, path: Path, shown: str) -> tuple[ArtifactInput, Dataset]:
-        """Check a chat file and store it. Raises `DataError` with a finding for every bad row, `NotFound`
-        when there is no such file, `Unsupported` for a format that is not read yet."""
-        _require_file(path, shown)
-        _require_jsonl(path, shown)
-        artifact = self.bring_in_file(path, shown)
+    def check_questions(self, path: Path, shown: str) -> None:
+        """Refuse what `bring_in_questions` would refuse; nothing is stored."""
+        stamp(path, shown)
+        read_questions(path.read_bytes().splitlines(), shown)
+
+    def check_chat(self, files: ChatFiles) -> tuple[str, ...]:
+        """Refuse what `bring_in_chat` would refuse; nothing is stored. Its warnings."""
+        return check_chat_files(_sources(files), files).warnings
+
+    def bring_in_chat(self, files: ChatFiles) -> Brought:
+        """Store files of conversations as they are, and check every row of them. Raises `DataError` with the
+        findings, `NotFound` where there is no such file, `Unsupported` for a format that is not read."""
+        _sources(files)
+        inputs = {role: self.bring_in_file(path, files.shown[role]) for role, path in files.paths.items()}
         # What was stored is what is checked: the original may change between two looks.
-        rows, columns = check_chat_file(self._files.artifact_path(artifact.digest), shown)
-        return artifact, self._register(path, artifact.digest, rows, columns)
+        stored = {role: self._files.artifact_path(given.digest) for role, given in inputs.items()}
+        checked = check_chat_files(_sources(files, stored), files)
+        datasets = {
+            each.role: self._dataset(files.paths[each.role], inputs[each.role].digest, each)
+            for each in checked.report.files
+        }
+        return Brought(inputs, datasets, checked.warnings)
+
+    def register(
+        self,
+        path: Path,
+        shown: str,
+        *,
+        name: str | None = None,
+        license: str | None = None,
+        bad_rows: int = 0,
+    ) -> Dataset:
+        """Check one file, store it, and give it a name; the version is its content's. Raises as
+        `bring_in_chat` does, and `InvalidName`."""
+        if name is not None:
+            check_name(name, "dataset")
+        files = ChatFiles({"data": path}, {"data": shown}, bad_rows=bad_rows)
+        _sources(files)
+        given = self.bring_in_file(path, shown)
+        checked = check_chat_files(_sources(files, {"data": self._files.artifact_path(given.digest)}), files)
+        return self._dataset(path, given.digest, checked.report.files[0], name, license)
 
     def bring_in_questions(self, path: Path, shown: str) -> ArtifactInput:
         """Check a file of questions with facts and store it. Raises `DataError` and `NotFound`."""
@@ -54,7 +117,7 @@ class Data:
         return artifact
 
     def bring_in_file(self, path: Path, shown: str) -> ArtifactInput:
-        _require_file(path, shown)
+        stamp(path, shown)
         digest, size_bytes = self._files.ingest(path)
         with self._store.transaction():
             if self._store.find(Artifact, digest) is None:
@@ -69,112 +132,121 @@ class Data:
                 )
         return ArtifactInput(digest=digest, name=shown)
 
-    def _register(self, path: Path, digest: str, rows: int, columns: tuple[str, ...]) -> Dataset:
+    def _dataset(
+        self, path: Path, digest: str, seen: FileReport, name: str | None = None, license: str | None = None
+    ) -> Dataset:
         """Name and version by content: the same bytes under the same name are the same version."""
         version = digest.removeprefix("sha256:")[:12]
         dataset = Dataset(
             created_at=self._clock.now(),
-            name=path.stem,
+            name=name or path.stem,
             dataset_version=version,
             artifact=digest,
             source_path=str(path),
-            rows=rows,
-            columns=columns,
+            rows=seen.rows,
+            bad_rows=seen.bad_rows,
+            columns=tuple(seen.statistics.columns),
+            format=seen.format,
+            statistics=seen.statistics,
+            license=license,
         )
         with self._store.transaction():
             found = self._store.find(Dataset, dataset.key)
-            return found if found is not None else self._store.insert(dataset)
+            if found is None:
+                return self._store.insert(dataset)
+            if license is None or license == found.license:
+                return found
+            return self._store.update(found.model_copy(update={"license": license}))
 
 
-def check_chat_file(path: Path, shown: str) -> tuple[int, tuple[str, ...]]:
-    """Rows and columns of a JSON Lines file of conversations. Raises `DataError` naming every bad row."""
-    findings: list[dict[str, Any]] = []
-    bad_rows = rows = 0
-    columns: dict[str, None] = {}
-    for line, row, problem in _rows(path):
-        rows += 1
-        if problem is not None:
-            found = [problem]
-        else:
-            columns.update(dict.fromkeys(row))
-            found = [vars_of(finding) for finding in check_messages(row)]
-        bad_rows += bool(found)
-        for finding in found[: max(0, MAX_FINDINGS - len(findings))]:
-            findings.append({"file": shown, "line": line, **finding})
-    if findings:
-        raise DataError(_summary(shown, bad_rows, rows, findings), details=findings)
-    if rows == 0:
-        raise DataError(f"{shown} has no rows.", next_move="Give a file with one conversation per line.")
-    return rows, tuple(columns)
+def _sources(files: ChatFiles, paths: Mapping[str, Path] | None = None) -> dict[str, Source]:
+    return {
+        role: open_source(path, files.shown[role], column=files.column)
+        for role, path in (paths or files.paths).items()
+    }
 
 
-def vars_of(finding: Any) -> dict[str, Any]:
-    return {"rule": finding.rule, "field": finding.field, "value": finding.value, "fix": finding.fix}
+# ---------------------------------------------------------------- checking
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any], dict[str, Any] | None]]:
-    """(line number from 1, row, problem): lines that are not rows come with a problem instead."""
-    with open(path, "rb") as handle:
-        for number, raw in enumerate(handle, start=1):
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if not line.strip():
-                continue
-            yield number, *_parse(line)
+@dataclass(frozen=True)
+class Checked:
+    report: Report
+    warnings: tuple[str, ...]
 
 
-def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as broken:
-        value = repr(line[max(0, broken.start - 10) : broken.start + 10])
-        return {}, _problem("encoding", value, "Save the file as UTF-8.")
-    except json.JSONDecodeError as broken:
-        fix = f"Mend the JSON at column {broken.colno}: {broken.msg.lower()}. One object per line."
-        value = json.dumps(line[:60].decode("utf-8", "replace").rstrip(), ensure_ascii=False)
-        return {}, _problem("json", value, fix)
-    except RecursionError:
-        return {}, _problem("json", "nested too deeply", "Write a flat object with a list of messages.")
-    except ValueError as broken:
-        return {}, _problem("json", str(broken)[:60], "Write numbers of fewer than 4300 digits.")
-    if not isinstance(row, dict):
-        return {}, _problem("object", str(row)[:60], "Each line must be an object with a key 'messages'.")
-    return row, None
+def check_chat_file(path: Path, shown: str) -> Report:
+    """One file, without a budget for bad rows. Raises `DataError` with the findings."""
+    files = ChatFiles({"data": path}, {"data": shown})
+    return check_chat_files(_sources(files), files).report
 
 
-def _problem(rule: str, value: str, fix: str) -> dict[str, Any]:
-    return {"rule": rule, "field": "", "value": value, "fix": fix}
-
-
-def _summary(shown: str, bad_rows: int, rows: int, findings: Sequence[dict[str, Any]]) -> str:
-    """Counts the rows; the first finding is told, the others are in the error's details."""
-    first = findings[0]
-    place = f"{shown} line {first['line']}: " + (f"{first['field']}: " if first["field"] else "")
-    return (
-        f"{bad_rows} of {rows} rows of {shown} cannot be learned from; nothing was started.\n"
-        f"  {place}found {first['value']} (rule {first['rule']}). {first['fix']}"
+def check_chat_files(sources: Mapping[str, Source], files: ChatFiles) -> Checked:
+    """Raises `DataError` with the first findings when more rows are bad than allowed, or a file has none that
+    is good. Duplicates and leakage between files are warnings: the data may be meant so."""
+    firsts = _Firsts()
+    report = check_files(
+        sources,
+        column=files.column,
+        budget=files.bad_rows,
+        most_findings=MAX_FINDINGS,
+        listen=firsts.hear,
+        leaks_are_errors=False,
     )
+    for each in report.files:
+        if each.rows == 0:
+            raise DataError(
+                f"{each.file} has no rows.", next_move="Give a file with one conversation per line."
+            )
+    bad = [each for each in report.files if each.bad_rows]
+    if bad and (not report.is_good or any(each.bad_rows == each.rows for each in bad)):
+        raise DataError(_summary(bad, firsts, files.bad_rows), details=firsts.listed())
+    return Checked(report, tuple(firsts.warnings(report)))
 
 
-def _require_file(path: Path, shown: str) -> None:
-    try:
-        is_file, is_there, can_be_read = path.is_file(), path.exists(), os.access(path, os.R_OK)
-    except (OSError, ValueError) as broken:
-        # Such as a name that is too long or holds a NUL, or a folder that may not be entered.
-        reason = broken.strerror if isinstance(broken, OSError) else broken
-        raise NotFound(f"{shown[:200]!r} cannot be looked at: {reason}.") from None
-    if not is_file:
-        what = "is not a file" if is_there else "is not there"
-        raise NotFound(
-            f"{shown} {what} (looked for {path}).",
-            next_move="Data paths are relative to the recipe's folder; 'samples:' names what ships.",
-        )
-    if not can_be_read:
-        raise UsageError(f"{shown} may not be read (looked at {path}).", next_move="Change its mode.")
+@dataclass
+class _Firsts:
+    """Of all findings, those to tell: the first errors, and the first of each file and rule."""
+
+    errors: list[RowFinding] = field(default_factory=list)
+    of_rule: dict[tuple[str, str], RowFinding] = field(default_factory=dict)
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def hear(self, finding: RowFinding) -> None:
+        key = (finding.file, finding.rule)
+        self.of_rule.setdefault(key, finding)
+        self.counts[key] = self.counts.get(key, 0) + 1
+        if finding.severity == "error" and len(self.errors) < MAX_FINDINGS:
+            self.errors.append(finding)
+
+    def first_error(self, file: str) -> RowFinding:
+        return next(found for (named, _), found in self.of_rule.items() if named == file and _is_error(found))
+
+    def listed(self) -> list[dict[str, object]]:
+        return [dump(found) for found in self.errors]
+
+    def warnings(self, report: Report) -> list[str]:
+        told = []
+        for (file, rule), first in self.of_rule.items():
+            count = self.counts[file, rule]
+            if _is_error(first):
+                told.append(f"{file}: bad rows are left out ({count}, rule {rule}). {first.sentence()}")
+            elif count == 1:
+                told.append(first.sentence())
+            else:
+                told.append(f"{file}: {count} findings of the rule {rule}. The first: {first.sentence()}")
+        return told
 
 
-def _require_jsonl(path: Path, shown: str) -> None:
-    if path.suffix.lower() not in {".jsonl", ".ndjson"} and path.exists():
-        raise Unsupported(
-            f"{shown}: only JSON Lines (.jsonl) is read, found '{path.suffix or 'no suffix'}'.",
-            next_move="Convert it to one JSON object per line, each with a list 'messages'.",
-        )
+def _is_error(finding: RowFinding) -> bool:
+    return finding.severity == "error"
+
+
+def _summary(bad: Sequence[FileReport], firsts: _Firsts, allowed: int) -> str:
+    """Counts the rows; the first finding of each file is told, the others are in the error's details."""
+    limit = f" ({allowed} allowed)" if allowed else ""
+    return "\n".join(
+        f"{each.bad_rows} of {each.rows} rows of {each.file} cannot be learned from{limit}; "
+        f"nothing was started.\n  {firsts.first_error(each.file).sentence()}"
+        for each in bad
+    )

@@ -4,12 +4,15 @@ wanted; `reconcile` makes it so."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tuneloop.core import recipe as recipes
+from tuneloop.core import sizes
 from tuneloop.core.errors import InvalidState, NotFound
+from tuneloop.core.fit import rows_expected
 from tuneloop.core.names import check_name, did_you_mean, new_job_name
+from tuneloop.core.plan import Rows
 from tuneloop.core.ports import Clock, Files, Store
 from tuneloop.core.states import (
     JOB_ENDED,
@@ -25,7 +28,6 @@ from tuneloop.core.types import (
     AttemptRecord,
     Card,
     Compute,
-    Dataset,
     Event,
     Job,
     JobOutput,
@@ -35,7 +37,8 @@ from tuneloop.core.types import (
     StepRecord,
 )
 from tuneloop.workspace.catalog import Catalog
-from tuneloop.workspace.data import Data
+from tuneloop.workspace.compute import LOCAL
+from tuneloop.workspace.data import Brought, ChatFiles, Data
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 """Data that ships; `samples:guide/train_sft.jsonl` in a recipe is a file under here."""
@@ -78,36 +81,50 @@ class Jobs:
     def rehearse(self, submission: Submission) -> recipes.Resolved:
         """Everything that `submit` would refuse is refused, and nothing is recorded."""
         resolved, _ = self.resolve(submission)
-        for role, written in resolved.recipe.data.files().items():
-            self._data.check(role, data_path(written, submission.folder), written)
-        return resolved
+        files = resolved.recipe.data.files()
+        if "questions" in files:
+            written = files["questions"]
+            self._data.check_questions(data_path(written, submission.folder), written)
+        warnings = self._data.check_chat(_chat_files(resolved, submission.folder))
+        return resolved.model_copy(update={"warnings": (*resolved.warnings, *warnings)})
 
     def submit(self, submission: Submission) -> JobRecord:
         """Check everything, bring the data in, and record the job; the reconciler does the rest.
         Raises `RecipeError`, `NotFound`, `DataError` or `Unsupported`; then nothing was recorded."""
         resolved, card = self.resolve(submission)
-        inputs, datasets = self._bring_in(resolved, submission.folder)
+        brought = self._bring_in(resolved, submission.folder)
+        resolved = resolved.model_copy(update={"warnings": (*resolved.warnings, *brought.warnings)})
+        here = self._store.find(Compute, LOCAL)
         job = recipes.compile_job(
             resolved,
             name=new_job_name(),
             card=card,
-            inputs=inputs,
-            dataset_names={role: dataset.key for role, dataset in datasets.items()},
+            inputs=brought.inputs,
+            dataset_names={role: dataset.key for role, dataset in brought.datasets.items()},
             experiment=submission.experiment,
             environment=dict(submission.environment),
             force_rerun=submission.force_rerun,
             priority=submission.priority,
+            rows=self._rows(resolved, card, brought),
+            gpus=0 if here is None or _hides_gpus(submission) else here.gpus,
         )
-        return self.record(job)
+        return self.record(job if here is None else _warned(job, here.memory_bytes))
+
+    def _rows(self, resolved: recipes.Resolved, card: Card, brought: Brought) -> Rows:
+        """How long the rows are expected to be, from their characters."""
+        seen = {role: dataset.statistics for role, dataset in brought.datasets.items()}
+        length = resolved.preprocess.max_seq_length
+        return rows_expected(seen.get("train"), length, card, seen.get("validation"))
 
     def record(self, job: Job) -> JobRecord:
         """Record a graph of steps as it stands. Raises `NotFound` for an edge that leads nowhere or a
         compute that there is not."""
         _check_graph(job)
-        for step in job.steps:
-            self._store.get(Compute, step.compute)
         now = self._clock.now()
         with self._store.transaction():
+            # Inside: or a cluster might be deleted between the look and the record.
+            for step in job.steps:
+                _check_compute(self._store.get(Compute, step.compute))
             record = self._store.insert(JobRecord(created_at=now, job=job, priority=job.settings.priority))
             for step in job.steps:
                 self._store.insert(StepRecord(created_at=now, job=job.name, step=step.name))
@@ -227,18 +244,14 @@ class Jobs:
     def artifact(self, digest: str) -> Artifact:
         return self._store.get(Artifact, digest)
 
-    def _bring_in(
-        self, resolved: recipes.Resolved, folder: Path
-    ) -> tuple[dict[str, ArtifactInput], dict[str, Dataset]]:
+    def _bring_in(self, resolved: recipes.Resolved, folder: Path) -> Brought:
+        files = resolved.recipe.data.files()
         inputs: dict[str, ArtifactInput] = {}
-        datasets: dict[str, Dataset] = {}
-        for role, written in resolved.recipe.data.files().items():
-            path = data_path(written, folder)
-            if role == "questions":
-                inputs[role] = self._data.bring_in_questions(path, written)
-            else:
-                inputs[role], datasets[role] = self._data.bring_in_chat(path, written)
-        return inputs, datasets
+        if "questions" in files:
+            written = files["questions"]
+            inputs["questions"] = self._data.bring_in_questions(data_path(written, folder), written)
+        brought = self._data.bring_in_chat(_chat_files(resolved, folder))
+        return replace(brought, inputs={**brought.inputs, **inputs})
 
     def _move(self, record: JobRecord, state: JobState, **changes: object) -> JobRecord:
         check_move(JOB_MOVES, f"Job {record.key}", record.state, state)
@@ -248,6 +261,39 @@ class Jobs:
 
     def _note(self, name: str, what: str, **data: str) -> None:
         self._store.append(Event(at=self._clock.now(), subject=f"job/{name}", what=what, data=dict(data)))
+
+
+def _chat_files(resolved: recipes.Resolved, folder: Path) -> ChatFiles:
+    written = {role: text for role, text in resolved.recipe.data.files().items() if role != "questions"}
+    return ChatFiles(
+        {role: data_path(text, folder) for role, text in written.items()},
+        written,
+        column=resolved.preprocess.messages_column,
+        bad_rows=resolved.preprocess.bad_rows,
+    )
+
+
+def _check_compute(compute: Compute) -> None:
+    failed = sizes.why_not_provisioned(compute.name, compute.provisioning_state)
+    if failed is not None:
+        raise InvalidState(failed)
+
+
+def _hides_gpus(submission: Submission) -> bool:
+    return submission.environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+
+
+def _warned(job: Job, limit: int) -> Job:
+    """A step that is expected to take more than the machine gives may still run when it is alone (the
+    estimate may be wrong): `tuneloop run` has asked the planner first, other callers are told here."""
+    told = [
+        f"step {step.name} is expected to take {step.memory_bytes / 1e9:.1f} GB, more than the "
+        f"{limit / 1e9:.1f} GB that Tuneloop may claim here: it runs alone, and memory may run out. "
+        "What would fit: tuneloop plan RECIPE"
+        for step in job.steps
+        if step.memory_bytes > limit
+    ]
+    return job.model_copy(update={"warnings": (*job.warnings, *told)}) if told else job
 
 
 def data_path(written: str, folder: Path) -> Path:

@@ -24,8 +24,10 @@ from tuneloop.core.types.catalog import (
     Compute,
     Dataset,
     FolderSource,
+    Gpu,
     HubSource,
     PackageSource,
+    RowStatistics,
 )
 from tuneloop.core.types.files import (
     DemandFile,
@@ -82,6 +84,7 @@ __all__ = [
     "ErrorInfo",
     "Event",
     "FolderSource",
+    "Gpu",
     "HubSource",
     "Job",
     "JobOutput",
@@ -107,6 +110,7 @@ __all__ = [
     "RouteReplica",
     "RouteTable",
     "RouterFile",
+    "RowStatistics",
     "ServiceRecord",
     "Step",
     "StepFile",

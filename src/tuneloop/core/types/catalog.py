@@ -10,6 +10,21 @@ from pydantic import Field, JsonValue
 from tuneloop.core.types.base import Noun, Record
 
 
+class RowStatistics(Noun):
+    """Of the good rows of one or more files. Characters are Unicode code points of the contents."""
+
+    rows: int = 0
+    messages: int = 0
+    characters: int = 0
+    learned_characters: int = 0
+    """In answers whose weight is not 0."""
+    messages_by_role: dict[str, int] = {}
+    most_messages: int = 0
+    most_characters: int = 0
+    columns: dict[str, str] = {}
+    """Name to the kinds of value seen, such as `string` or `null | string`."""
+
+
 class Dataset(Record):
     """A named version of an artifact."""
 
@@ -19,7 +34,14 @@ class Dataset(Record):
     artifact: str
     source_path: str
     rows: int
+    bad_rows: int = 0
+    """Rows that cannot be learned from, within the budget that was given."""
     columns: tuple[str, ...] = ()
+    format: str | None = None
+    """`jsonl`, `json`, `csv`, `tsv` or `parquet`; None: brought in before formats were told apart."""
+    statistics: RowStatistics | None = None
+    """With the schema: the columns and what stands in them."""
+    license: str | None = None
 
     @property
     def key(self) -> str:
@@ -166,16 +188,37 @@ class CardRecord(Record):
         return self.card.name.lower()
 
 
+class Gpu(Noun):
+    """One accelerator of this machine."""
+
+    name: str
+    memory_bytes: int
+
+
 class Compute(Record):
-    """A place with capacity. A step claims one slot of its compute while it runs."""
+    """A place with capacity. A step claims one slot of its compute while it runs.
+
+    `local` is this machine. A `cluster` is a name with an Azure size, mapped onto this machine: what
+    claims of it claims of this machine, whose slots and memory are the only ones that there are.
+    """
 
     kind: ClassVar[str] = "compute"
     name: str
-    type: Literal["local"] = "local"
+    type: Literal["local", "cluster"] = "local"
     slots: int = 1
     cores: int
     memory_bytes: int
+    """What may be claimed."""
     gpus: int = 0
+    devices: tuple[Gpu, ...] = ()
+    """This machine's GPUs."""
+    limited_by: tuple[str, ...] = ()
+    """A container's limits below what the machine has."""
+    size: str | None = None
+    """Of a cluster: the Azure size that it is called after."""
+    max_instances: int = 1
+    """Of a cluster: nodes that a plan may count on; steps run on this machine all the same."""
+    provisioning_state: Literal["succeeded", "failed"] = "succeeded"
 
     @property
     def key(self) -> str:
