@@ -2,12 +2,12 @@
 
 Used by the steps, the training loop and the engines. Two layouts are known: a plain Hugging Face folder, and
 an MLflow model folder, which holds one (weights under `model/`, tokenizer under `components/tokenizer/`).
+What can be read of them without torch is in `tokens`, and named here too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,11 +20,28 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from tuneloop.core.chat import ChatTemplate
 from tuneloop.core.errors import ModelUnavailable, OutOfMemory
+from tuneloop.tokens import MODEL_NOTE, load_template, may_run_code, read_note, resolve_folders
 
-MODEL_NOTE = "tuneloop.json"
-"""What Tuneloop knows about a model folder: base model, template digest, note, number of parameters."""
+__all__ = [
+    "MODEL_NOTE",
+    "add_lora",
+    "device",
+    "load_adapter",
+    "load_model",
+    "load_template",
+    "load_tokenizer",
+    "may_run_code",
+    "memory_errors",
+    "merge",
+    "peak_device_memory_bytes",
+    "quiet",
+    "read_note",
+    "refuse_incomplete",
+    "resolve_folders",
+    "threads",
+    "unusable_tensors",
+]
 
 _TOO_LARGE = (
     "Use a smaller model, or end what else uses that memory. Without the GPU: CUDA_VISIBLE_DEVICES=''."
@@ -97,46 +114,6 @@ def _full_gpu(where: torch.device) -> str:
 def peak_device_memory_bytes(where: torch.device) -> int | None:
     """The most that this process has held of a GPU's memory; None for the CPU."""
     return int(torch.cuda.max_memory_reserved(where)) if where.type == "cuda" else None
-
-
-# ---------------------------------------------------------------- folders
-
-
-def resolve_folders(path: Path) -> tuple[Path, Path]:
-    """(model folder, tokenizer folder) of a plain Hugging Face folder or of an MLflow model folder.
-    Raises `ModelUnavailable` when it is neither."""
-    if (path / "MLmodel").is_file():
-        found = path / "model", path / "components" / "tokenizer"
-    else:
-        found = path, path
-    for folder, file in ((found[0], "config.json"), (found[1], "tokenizer.json")):
-        if not (folder / file).is_file():
-            raise ModelUnavailable(f"{folder} holds no {file}, so it is not a model that can be loaded.")
-    return found
-
-
-def load_template(path: Path) -> ChatTemplate:
-    """The chat template that belongs to the model in `path` (either layout)."""
-    return ChatTemplate.from_folder(resolve_folders(path)[1])
-
-
-def read_note(path: Path) -> dict[str, Any]:
-    """`tuneloop.json` of a model folder (either layout); empty when Tuneloop did not write one."""
-    file = path / MODEL_NOTE
-    if not file.is_file():
-        return {}
-    note = json.loads(file.read_text(encoding="utf-8"))
-    if note.get("format") != 1:
-        raise ModelUnavailable(
-            f"{file} has format {note.get('format')!r}; this version of Tuneloop reads format 1."
-        )
-    return dict(note)
-
-
-def may_run_code(path: Path) -> bool:
-    """Whether the model in `path` may bring its own code: only the import step writes so, when the card and
-    the recipe both allow it."""
-    return read_note(path).get("remote_code") is True
 
 
 # ---------------------------------------------------------------- loading

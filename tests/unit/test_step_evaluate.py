@@ -106,7 +106,7 @@ def whole(case) -> StepContext:
 
 
 def test_losses_are_those_of_transformers_over_the_learned_tokens(case, whole):
-    rows = Conversations(case.dataset / "test.arrow")
+    rows = Conversations(case.dataset / "test")
     for name, folder in (("base", case.base), ("tuned", case.tuned / "model")):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         total, right, tokens = 0.0, 0, 0

@@ -20,7 +20,7 @@ from tests.steps import step_context
 from tuneloop import lm
 from tuneloop.core.digest import of_path
 from tuneloop.core.errors import ModelUnavailable, Unsupported
-from tuneloop.steps import download, model_import
+from tuneloop.steps import download, model_files, model_import
 from tuneloop.steps.context import StepContext
 from tuneloop.steps.hub import fetch
 
@@ -149,7 +149,7 @@ def test_a_link_that_leaves_the_folder_is_refused_by_name(tmp_path: Path, source
 def test_a_disk_that_is_too_small_for_the_copy_is_found_before_anything_is_copied(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_import.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(model_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(ModelUnavailable, match=r"are to be copied into .* that disk has 1\.0 kB left"):
         from_folder(tmp_path / "step", source)
     assert list((tmp_path / "step" / "outputs" / "model").iterdir()) == []

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from tuneloop.core.digest import of_path
 from tuneloop.core.errors import DataError, Unsupported
 from tuneloop.steps import preprocess
 from tuneloop.steps.context import StepContext
+from tuneloop.training.data import Conversations
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +65,11 @@ def run(folder: Path, model: Path, files: dict[str, Path], **parameters: Any) ->
 
 
 def read(context: StepContext, split: str) -> list[dict[str, Any]]:
-    with pa.OSFile(str(context.output("dataset") / f"{split}.arrow")) as source:
-        return pa.ipc.open_file(source).read_all().to_pylist()
+    rows = []
+    for shard in sorted((context.output("dataset") / split).iterdir()):
+        with pa.OSFile(str(shard)) as source:
+            rows += pa.ipc.open_file(source).read_all().to_pylist()
+    return rows
 
 
 def stats(context: StepContext) -> dict[str, Any]:
@@ -95,13 +103,26 @@ def test_statistics_count_every_split(tmp_path: Path, model: Path, files: dict[s
     context = run(tmp_path / "step", model, files)
     rows = read(context, "train")
     about = stats(context)
+    lengths = [len(row["input_ids"]) for row in rows]
     assert about["splits"]["train"] == {
         "rows": 7,
-        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "conversations": 7,
+        "turns": 7,
+        "tokens": sum(lengths),
         "learned_tokens": sum(sum(row["learn"]) for row in rows),
-        "longest": max(len(row["input_ids"]) for row in rows),
-        "cut_rows": 0,
-        "first_cut_line": None,
+        "lengths": {
+            "median": sorted(lengths)[3],
+            "p90": max(lengths),
+            "p99": max(lengths),
+            "max": max(lengths),
+            "histogram": [{"up_to": 64, "conversations": 7}],
+        },
+        "long_rows": 0,
+        "first_long_line": None,
+        "truncated_rows": 0,
+        "dropped_rows": 0,
+        "lost_turns": 0,
+        "lost_learned_tokens": 0,
         "special_text_rows": 0,
     }
     assert about["splits"]["test"]["rows"] == 3
@@ -173,7 +194,7 @@ def test_bytes_that_are_no_utf8_are_reported_with_their_line(
     bad.write_bytes(json.dumps(talk(0)).encode() + b'\n{"messages": "\xe9"}\n')
     with pytest.raises(DataError) as caught:
         run(tmp_path / "step", model, {**files, "train": bad})
-    assert [(each["line"], each["rule"]) for each in caught.value.details] == [(2, "utf8")]
+    assert [(each["line"], each["rule"]) for each in caught.value.details] == [(2, "encoding")]
 
 
 def test_a_row_that_the_template_refuses_is_reported(
@@ -188,7 +209,8 @@ def test_a_row_that_the_template_refuses_is_reported(
     )
     row = {"messages": [{"role": "system", "content": "s"}, *talk(0)["messages"]]}
     with pytest.raises(
-        DataError, match=r"line 1: messages: found roles system.*System role not supported \(rule template\)"
+        DataError,
+        match=r"line 1: messages\[0\]\.role: found .system. first.*role not supported \(rule template\)",
     ):
         run(tmp_path / "step", folder, {**files, "test": write(tmp_path / "s.jsonl", [row])})
 
@@ -199,23 +221,178 @@ def test_reading_stops_at_a_hundred_findings(tmp_path: Path, model: Path, files:
     assert len(caught.value.details) == 100
 
 
-def test_a_parquet_file_is_refused_by_name(tmp_path: Path, model: Path, files: dict[str, Path]) -> None:
-    file = tmp_path / "train.parquet"
-    file.write_bytes(b"PAR1....PAR1")
-    with pytest.raises(Unsupported, match=r"train\.parquet is a Parquet file"):
-        run(tmp_path / "step", model, {**files, "train": file})
+def test_parquet_csv_and_gzip_give_the_tokens_of_json_lines(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
+    import pyarrow.parquet as pq
+
+    rows = [talk(n) for n in range(5)]
+    pq.write_table(pa.table({"messages": [row["messages"] for row in rows]}), tmp_path / "t.parquet")
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(write(tmp_path / "t.jsonl", rows).read_bytes()))
+    with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["messages"], *([json.dumps(row["messages"])] for row in rows)])
+    found = [
+        [
+            row["input_ids"]
+            for row in read(run(tmp_path / name, model, {**files, "train": tmp_path / file}), "train")
+        ]
+        for name, file in (("a", "t.jsonl"), ("b", "t.parquet"), ("c", "t.jsonl.gz"), ("d", "t.csv"))
+    ]
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_the_conversation_may_stand_in_another_column(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
+    other = [{"chat": talk(n)["messages"], "messages": 1} for n in range(3)]
+    named = {name: write(tmp_path / f"{name}.jsonl", other) for name in files}
+    context = run(tmp_path / "step", model, named, messages_column="chat")
+    assert len(read(context, "train")) == 3
+    assert stats(context)["messages_column"] == "chat"
+
+
+def test_so_many_bad_rows_as_the_recipe_allows_are_dropped_and_told(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
+    bad = {**files, "train": write(tmp_path / "bad.jsonl", [talk(0), "{}", talk(2), "[]", talk(4)])}
+    context = run(tmp_path / "step", model, bad, bad_rows=2)
+    assert [row["row"] for row in read(context, "train")] == [1, 3, 5]
+    (warning,) = context.warnings
+    assert "2 bad rows were dropped" in warning
+    assert "first: bad.jsonl line 2" in warning
+    assert stats(context)["bad_rows"]["dropped"] == 2
+    with pytest.raises(DataError, match=r"2 rows are bad; preprocess\.bad_rows allows 1"):
+        run(tmp_path / "fewer", model, bad, bad_rows=1)
+
+
+def test_what_is_no_mistake_is_said_and_kept(tmp_path: Path, model: Path, files: dict[str, Path]) -> None:
+    row = talk(0)
+    row["messages"].append({"role": "user", "content": "and?"})
+    context = run(tmp_path / "step", model, {**files, "test": write(tmp_path / "w.jsonl", [row])})
+    assert len(read(context, "test")) == 1
+    assert any("w.jsonl: 1 finding of rule last_turn, first in line 1" in each for each in context.warnings)
 
 
 # ---------------------------------------------------------------- length
 
 
-def test_longer_rows_are_cut_and_said(tmp_path: Path, model: Path, files: dict[str, Path]) -> None:
+def turns(number: int, words: tuple[int, ...]) -> dict[str, Any]:
+    """A system message and turns of so many words each."""
+    messages = [{"role": "system", "content": "be brief"}]
+    for turn, count in enumerate(words):
+        messages.append({"role": "user", "content": f"Question {number} {turn}?"})
+        messages.append({"role": "assistant", "content": f"turn{turn} " + "yes " * count + "end"})
+    return {"messages": messages}
+
+
+def texts(context: StepContext, model: Path, split: str = "train") -> list[str]:
+    tokenizer = lm.load_tokenizer(model)
+    return [tokenizer.decode(row["input_ids"]) for row in read(context, split)]
+
+
+def test_a_row_that_is_too_long_fails_the_step_and_says_what_each_policy_would_lose(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
+    train = write(tmp_path / "long.jsonl", [talk(0), turns(1, (6, 6, 6)), turns(2, (2,))])
+    with pytest.raises(DataError) as caught:
+        run(tmp_path / "step", model, {**files, "train": train}, max_seq_length=100)
+    found = caught.value
+    assert "1 row is longer than preprocess.max_seq_length of 100 tokens" in found.message
+    assert "long.jsonl line 2" in found.message
+    row, *policies = found.details
+    assert (row["line"], row["limit"]) == (2, 100)
+    assert row["tokens"] > 100
+    lost = {each["policy"]: each for each in policies}
+    assert list(lost) == ["drop", "keep_last_turns", "split_turns", "cut"]
+    assert (lost["drop"]["rows"], lost["drop"]["turns"]) == (1, 3)
+    assert (lost["split_turns"]["rows"], lost["split_turns"]["turns"]) == (0, 0)
+    assert lost["split_turns"]["assistant_tokens"] == 0
+    assert 0 < lost["keep_last_turns"]["assistant_tokens"] < lost["drop"]["assistant_tokens"]
+    assert f"Set preprocess.max_seq_length to {row['tokens']}" in (found.next_move or "")
+
+
+def test_long_rows_are_dropped_when_the_recipe_says_so(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
+    train = write(tmp_path / "long.jsonl", [talk(0), turns(1, (6, 6, 6)), talk(2)])
+    context = run(tmp_path / "s", model, {**files, "train": train}, max_seq_length=100, long_rows="drop")
+    assert [row["row"] for row in read(context, "train")] == [1, 3]
+    counts = stats(context)["splits"]["train"]
+    assert (counts["long_rows"], counts["dropped_rows"], counts["lost_turns"]) == (1, 1, 3)
+    assert counts["lost_learned_tokens"] > 0
+    assert any("1 of 3 train rows are longer than 100 tokens (first: line 2)" in w for w in context.warnings)
+
+
+def test_the_last_turns_that_fit_are_kept_after_the_system_message(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
+    train = write(tmp_path / "long.jsonl", [turns(1, (6, 6, 6)), turns(2, (2, 90)), talk(3)])
+    context = run(
+        tmp_path / "s", model, {**files, "train": train}, max_seq_length=120, long_rows="keep_last_turns"
+    )
+    rows = read(context, "train")
+    # The last turn of the second row does not fit by itself: nothing can be kept of it.
+    assert [row["row"] for row in rows] == [1, 3]
+    assert len(rows[0]["input_ids"]) <= 120
+    text = texts(context, model)[0]
+    assert text.startswith("<|system|>")
+    assert "turn0" not in text
+    assert "turn1" in text
+    assert "turn2" in text
+    counts = stats(context)["splits"]["train"]
+    assert (counts["truncated_rows"], counts["dropped_rows"], counts["lost_turns"]) == (1, 1, 3)
+
+
+def test_a_long_row_is_split_into_conversations_that_fit_and_nothing_is_lost(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
+    train = write(tmp_path / "long.jsonl", [turns(1, (6, 6, 6, 6)), talk(2)])
+    context = run(
+        tmp_path / "s", model, {**files, "train": train}, max_seq_length=120, long_rows="split_turns"
+    )
+    rows = read(context, "train")
+    assert [row["row"] for row in rows] == [1, 1, 2]
+    pieces = texts(context, model)[:2]
+    assert all(piece.startswith("<|system|>") for piece in pieces)
+    assert ["turn0" in pieces[0], "turn1" in pieces[0], "turn2" in pieces[1], "turn3" in pieces[1]] == [
+        True
+    ] * 4
+    counts = stats(context)["splits"]["train"]
+    assert (counts["rows"], counts["conversations"], counts["turns"], counts["lost_turns"]) == (2, 3, 5, 0)
+    assert counts["lost_learned_tokens"] == 0
+
+
+def test_a_turn_that_does_not_fit_by_itself_is_left_out_of_a_split(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
+    train = write(tmp_path / "long.jsonl", [turns(1, (6, 90, 6))])
+    context = run(
+        tmp_path / "s", model, {**files, "train": train}, max_seq_length=120, long_rows="split_turns"
+    )
+    assert [("turn0" in t, "turn1" in t, "turn2" in t) for t in texts(context, model)] == [
+        (True, False, False),
+        (False, False, True),
+    ]
+    assert stats(context)["splits"]["train"]["lost_turns"] == 1
+
+
+def test_longer_rows_are_cut_when_the_recipe_says_so(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
     train = write(tmp_path / "long.jsonl", [talk(0), talk(1, words=40), talk(2, words=60)])
-    context = run(tmp_path / "step", model, {**files, "train": train}, max_seq_length=64)
+    context = run(tmp_path / "s", model, {**files, "train": train}, max_seq_length=64, long_rows="cut")
     assert [len(row["input_ids"]) for row in read(context, "train")][1:] == [64, 64]
-    assert stats(context)["splits"]["train"]["cut_rows"] == 2
+    assert stats(context)["splits"]["train"]["truncated_rows"] == 2
     assert any("2 of 3 train rows are longer than 64 tokens" in warning for warning in context.warnings)
     assert any("line 2" in warning for warning in context.warnings)
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(
+    tmp_path: Path, model: Path, files: dict[str, Path]
+) -> None:
+    test = write(tmp_path / "long.jsonl", [talk(0, words=90)])
+    with pytest.raises(DataError, match="No row is left for test: 0 bad rows and 1 long ones were dropped"):
+        run(tmp_path / "s", model, {**files, "test": test}, max_seq_length=64, long_rows="drop")
 
 
 def test_a_row_cut_before_its_first_answer_is_reported(
@@ -229,7 +406,7 @@ def test_a_row_cut_before_its_first_answer_is_reported(
     }
     train = write(tmp_path / "long.jsonl", [talk(0), long])
     with pytest.raises(DataError) as caught:
-        run(tmp_path / "step", model, {**files, "train": train}, max_seq_length=48)
+        run(tmp_path / "step", model, {**files, "train": train}, max_seq_length=48, long_rows="cut")
     assert [(each["line"], each["rule"]) for each in caught.value.details] == [(2, "learned_token")]
 
 
@@ -254,41 +431,105 @@ def test_text_of_special_tokens_is_said(tmp_path: Path, model: Path, files: dict
 # ---------------------------------------------------------------- carving
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        ({"train": 10}, {"train": (0, 8), "validation": (8, 9), "test": (9, 10)}),
-        ({"train": 23}, {"train": (0, 19), "validation": (19, 21), "test": (21, 23)}),
-        ({"train": 10, "test": 4}, {"train": (0, 8), "validation": (8, 10)}),
-        ({"train": 11, "validation": 3}, {"train": (0, 9), "test": (9, 11)}),
-        ({"train": 5, "validation": 3, "test": 4}, {"train": (0, 5), "validation": (0, 3), "test": (0, 4)}),
-        ({"train": 3}, {"train": (0, 1), "validation": (1, 2), "test": (2, 3)}),
-    ],
-)
-def test_missing_splits_are_carved_from_the_end_of_train(rows: dict, expected: dict) -> None:
-    shares = preprocess.plan_splits(rows)
-    for name, (start, stop) in expected.items():
-        assert (shares[name].start, shares[name].stop) == (start, stop)
-    assert list(shares) == ["train", "validation", "test"]
-    assert shares["test"].source == ("test" if "test" in rows else "train")
+def openings(context: StepContext, model: Path, split: str) -> set[str]:
+    tokenizer = lm.load_tokenizer(model)
+    return {
+        tokenizer.decode(row["input_ids"]).split("Question")[1].split("?")[0] for row in read(context, split)
+    }
 
 
-@pytest.mark.parametrize(
-    "rows", [{"train": 2}, {"train": 1, "test": 5}, {"train": 0, "validation": 1, "test": 1}]
-)
-def test_too_few_rows_are_refused(rows: dict) -> None:
-    with pytest.raises(DataError, match=f"has {rows['train']} rows"):
-        preprocess.plan_splits(rows)
-
-
-def test_carved_rows_keep_their_lines_and_are_said(
+def test_carved_splits_are_shuffled_and_no_opening_line_stands_in_two(
     tmp_path: Path, model: Path, files: dict[str, Path]
 ) -> None:
+    # Every opening line twice, side by side.
+    train = write(tmp_path / "all.jsonl", [talk(n // 2, words=1 + n % 2) for n in range(120)])
+    context = run(tmp_path / "step", model, {"train": train})
+    seen = [openings(context, model, split) for split in ("train", "validation", "test")]
+    assert sum(map(len, seen)) == 60 == len(set.union(*seen))
+    assert min(map(len, seen)) > 0
+    assert sum(len(read(context, split)) for split in ("train", "validation", "test")) == 120
+    held_out = [row["row"] for split in ("validation", "test") for row in read(context, split)]
+    assert min(held_out) < 90
+    (warning,) = context.warnings
+    assert "split_seed 42; rows with the same opening line stay together" in warning
+
+
+def test_another_seed_carves_other_rows(tmp_path: Path, model: Path) -> None:
+    train = write(tmp_path / "all.jsonl", [talk(n) for n in range(60)])
+    one, other = (run(tmp_path / str(seed), model, {"train": train}, split_seed=seed) for seed in (1, 2))
+    assert [row["row"] for row in read(one, "test")] != [row["row"] for row in read(other, "test")]
+
+
+def test_three_opening_lines_are_enough_for_three_splits(tmp_path: Path, model: Path) -> None:
+    for seed in range(4):
+        train = write(tmp_path / "few.jsonl", [talk(n) for n in range(3)])
+        context = run(tmp_path / str(seed), model, {"train": train}, split_seed=seed)
+        assert [len(read(context, split)) for split in ("train", "validation", "test")] == [1, 1, 1]
+
+
+def test_rows_taken_in_file_order_are_said(tmp_path: Path, model: Path, files: dict[str, Path]) -> None:
     train = write(tmp_path / "all.jsonl", [talk(n) for n in range(10)])
-    context = run(tmp_path / "step", model, {"train": train, "test": files["test"]})
+    context = run(tmp_path / "step", model, {"train": train, "test": files["test"]}, split="contiguous")
     assert [row["row"] for row in read(context, "train")] == list(range(1, 9))
     assert [row["row"] for row in read(context, "validation")] == [9, 10]
     assert len(read(context, "test")) == 3
     (warning,) = context.warnings
     assert "rows 9 to 10 of the training file" in warning
     assert "file order" in warning
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_two_processes_write_the_bytes_of_one(
+    tmp_path: Path, model: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "PART_BYTES", 2000)
+    train = write(tmp_path / "all.jsonl", [talk(n, words=n % 30) for n in range(150)])
+    alone = run(tmp_path / "a", model, {"train": train})
+    monkeypatch.setattr(preprocess, "processes_for", lambda text_bytes: 2)
+    together = run(tmp_path / "b", model, {"train": train})
+    assert of_path(alone.output("dataset")) == of_path(together.output("dataset"))
+    assert alone.warnings == together.warnings
+
+
+def test_findings_of_two_processes_are_those_of_one(
+    tmp_path: Path, model: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "PART_BYTES", 500)
+    rows = [talk(n) if n % 7 else {"prompt": n} for n in range(60)]
+    train = write(tmp_path / "bad.jsonl", rows)
+    found = []
+    for processes in (1, 2):
+        monkeypatch.setattr(preprocess, "processes_for", lambda text_bytes, count=processes: count)
+        with pytest.raises(DataError) as caught:
+            run(tmp_path / str(processes), model, {**files, "train": train})
+        found.append((caught.value.message, caught.value.details))
+    assert found[0] == found[1]
+    assert [each["line"] for each in found[0][1]] == [1, 8, 15, 22, 29, 36, 43, 50, 57]
+
+
+def test_a_split_that_outgrows_a_shard_goes_on_in_the_next(
+    tmp_path: Path, model: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "PART_BYTES", 1000)
+    monkeypatch.setattr(preprocess, "SHARD_BYTES", 4000)
+    train = write(tmp_path / "all.jsonl", [talk(n) for n in range(60)])
+    context = run(tmp_path / "step", model, {**files, "train": train})
+    assert len(list((context.output("dataset") / "train").iterdir())) > 2
+    assert [row["row"] for row in read(context, "train")] == list(range(1, 61))
+    split = Conversations(context.output("dataset") / "train")
+    assert [each.row for each in split] == list(range(1, 61))
+
+
+def test_writing_loads_no_pandas() -> None:
+    program = (
+        "import sys, numpy as np\n"
+        "from tuneloop.steps.preprocess.shards import record_batch\n"
+        "from tuneloop.tokens import Tokens\n"
+        "ids = np.arange(3, dtype=np.int32)\n"
+        "print(record_batch([(7, Tokens(ids, ids > 0))]).to_pylist(), 'pandas' in sys.modules)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    row = {"input_ids": [0, 1, 2], "learn": [False, True, True], "row": 7}
+    assert ran.stdout.strip() == f"[{row}] False"

@@ -302,7 +302,7 @@ def test_a_missing_split_and_an_unsupported_parameter_are_said_before_training(
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "train.arrow").write_bytes((dataset / "train.arrow").read_bytes())
     chosen = parameters(evaluation_strategy="epoch")
-    with pytest.raises(DataError, match=r"holds no validation\.arrow"):
+    with pytest.raises(DataError, match=r"holds no split validation"):
         run(lm.load_model(model_folder), tmp_path / "half", tmp_path, chosen)
     with pytest.raises(Unsupported, match="apply_ort"):
         run(lm.load_model(model_folder), dataset, tmp_path, parameters(apply_ort=True))

@@ -25,6 +25,8 @@ import numpy as np
 
 from tuneloop import lm
 from tuneloop.core.chat import Message
+from tuneloop.core.data.reading import read_rows
+from tuneloop.core.data.rules import check_row, is_error
 from tuneloop.core.errors import Diverged
 from tuneloop.core.process import write_atomically
 from tuneloop.core.questions import Question, read_questions
@@ -34,8 +36,7 @@ from tuneloop.engines import transformers as engine_transformers
 from tuneloop.engines.transformers import TransformersEngine
 from tuneloop.steps.context import StepContext
 from tuneloop.steps.evaluation_report import write_report
-from tuneloop.steps.preprocess import Row, read_rows
-from tuneloop.training.data import Conversations
+from tuneloop.training.data import Conversations, split_path
 
 ASKED_AT_ONCE = 16
 """Replies between two progress lines."""
@@ -44,7 +45,7 @@ ASKED_AT_ONCE = 16
 def run(context: StepContext) -> None:
     parameters = EvaluateParameters.model_validate(context.parameters)
     questions = _read_questions(context)
-    rows = Conversations(context.inputs["dataset"] / "test.arrow")
+    rows = Conversations(split_path(context.inputs["dataset"], "test"))
     examination = Examination(context, parameters, rows, questions)
     base = examination.sit("base", context.inputs["base"])
     tuned = examination.sit("tuned", context.inputs["model"])
@@ -176,13 +177,16 @@ class Examination:
 
     def _from_file(self, engine: TransformersEngine, lines: set[int]) -> list[Sample]:
         samples = []
-        for line, row in read_rows(self.context.inputs["test_file"]):
-            if line in lines and isinstance(row, Row):
-                last = max(n for n, message in enumerate(row.messages) if message["role"] == "assistant")
-                prompt = row.messages[:last]
-                truth = str(row.messages[last]["content"])
-                if prompt:
-                    samples.append(Sample(line, _as_text(prompt), truth, engine.encode(prompt)))
+        column = _messages_column(self.context.inputs["dataset"])
+        name = self.context.input_names["test_file"]
+        for row in read_rows(self.context.inputs["test_file"], name, column=column):
+            if row.line not in lines or row.value is None or any(map(is_error, check_row(row.value, column))):
+                continue
+            messages = row.value[column]
+            last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+            if prompt := messages[:last]:
+                truth = str(messages[last]["content"])
+                samples.append(Sample(row.line, _as_text(prompt), truth, engine.encode(prompt)))
         return samples
 
     def _from_tokens(self, engine: TransformersEngine, lines: set[int]) -> list[Sample]:
@@ -234,6 +238,13 @@ class Examination:
             "kinds": _count_by_kind(questions),
             "questions": questions,
         }
+
+
+def _messages_column(dataset: Path) -> str:
+    """What the preprocess step read."""
+    path = dataset / "stats.json"
+    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return str(about.get("messages_column", "messages"))
 
 
 def _means(marks: Marks) -> dict[str, float]:

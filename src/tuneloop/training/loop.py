@@ -26,10 +26,10 @@ from torch import nn
 
 from tuneloop import lm
 from tuneloop.core import digest
-from tuneloop.core.errors import DataError, Diverged
+from tuneloop.core.errors import Diverged
 from tuneloop.core.recipe import FinetuneParameters
 from tuneloop.training import checkpoint, optimizer
-from tuneloop.training.data import Batch, Conversations, Course, in_order
+from tuneloop.training.data import Batch, Conversations, Course, in_order, split_path
 from tuneloop.training.loss import check_forward, packing_of, summed_loss, vocabulary_size
 from tuneloop.training.plan import Machine, Plan, plan
 from tuneloop.training.schedule import learning_rate
@@ -69,7 +69,7 @@ class Events(Protocol):
 @dataclass(frozen=True)
 class TrainingInputs:
     dataset_folder: Path
-    """Holds `train.arrow` and, unless evaluation is off, `validation.arrow`."""
+    """Holds the split `train` and, unless evaluation is off, `validation`."""
     parameters: FinetuneParameters
     checkpoint_folder: Path
     previous_checkpoint_folders: tuple[Path, ...] = ()
@@ -480,10 +480,7 @@ class _Pace:
 
 
 def _split(folder: Path, name: str, model: nn.Module) -> Conversations:
-    path = folder / f"{name}.arrow"
-    if not path.is_file():
-        raise DataError(f"{folder.name} holds no {path.name}. Run the preprocess step again.")
-    split = Conversations(path)
+    split = Conversations(split_path(folder, name))
     split.check(vocabulary_size(model))
     return split
 
