@@ -1,4 +1,5 @@
-"""A Hugging Face hub on loopback: as much of its protocol as fetching a model needs, and its bad days.
+"""A Hugging Face hub on loopback: as much of its protocol as fetching a model or a dataset needs, and its
+bad days.
 
 Two servers: the hub itself, and the store of large files that it redirects to (another origin, so that a
 token which is sent on is seen). Metadata, tree with pages, `resolve` with HEAD, ETag, X-Repo-Commit,
@@ -8,6 +9,8 @@ not advertised.
     with Hub() as hub:
         commit = hub.publish("maker/tiny", folder)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
+
+Datasets are published as `datasets/maker/talk`. There is no datasets-server, as behind no mirror is.
 
 By hand, with a folder in Hugging Face layout and 2 MB a second:
 
@@ -25,11 +28,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".bin", ".gguf", ".onnx")
+LARGE = (".safetensors", ".bin", ".gguf", ".onnx", ".parquet")
 """Kept in the store of large files, known by their sha256."""
 
 
@@ -130,6 +133,15 @@ def etag_of(name: str, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest() if name.endswith(LARGE) else git_digest(content)
 
 
+_KIND = "(models|datasets)"
+_NAME = "([^/]+(?:/[^/]+)?)"
+
+
+def _key(kind: str, name: str) -> str:
+    """Under which name a repository was published."""
+    return name if kind == "models" else f"{kind}/{name}"
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -154,6 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve()
 
     def do_GET(self) -> None:
+        self._serve()
+
+    def do_POST(self) -> None:
+        self._body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self._serve()
 
     # ------------------------------------------------------------ what is asked
@@ -183,12 +199,17 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(statuses.pop(0), b"a bad day", {"Content-Type": "text/plain"})
         if self.server.is_store:
             return self._serve_large(path)
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
-            return self._serve_info(found[1], unquote(found[2]))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
-            return self._serve_tree(found[1], unquote(found[2]))
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self._serve_file(found[1], unquote(found[2]), unquote(found[3]))
+        if found := re.fullmatch(rf"/api/{_KIND}/{_NAME}/revision/(.+)", path):
+            return self._serve_info(_key(found[1], found[2]), unquote(found[3]))
+        if found := re.fullmatch(rf"/api/{_KIND}/{_NAME}/tree/([^/]+)(?:/(.+))?", path):
+            return self._serve_tree(_key(found[1], found[2]), unquote(found[3]), unquote(found[4] or ""))
+        if found := re.fullmatch(rf"/api/{_KIND}/{_NAME}/paths-info/([^/]+)", path):
+            return self._serve_paths(_key(found[1], found[2]), unquote(found[3]))
+        if found := re.fullmatch(rf"/api/{_KIND}/{_NAME}", path):
+            return self._serve_info(_key(found[1], found[2]), "main")
+        if found := re.fullmatch(rf"/(datasets/)?{_NAME}/resolve/([^/]+)/(.+)", path):
+            name = _key((found[1] or "models/")[:-1], found[2])
+            return self._serve_file(name, unquote(found[3]), unquote(found[4]))
         return self._refuse(404, "", "Not Found")
 
     def _find(self, name: str, revision: str) -> Repository | None:
@@ -209,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve_info(self, name: str, revision: str) -> None:
         if repository := self._find(name, revision):
             about = {
-                "id": name,
+                "id": name.removeprefix("datasets/"),
                 "modelId": name,
                 "sha": repository.commit,
                 "private": repository.is_private,
@@ -218,26 +239,36 @@ class _Handler(BaseHTTPRequestHandler):
             }
             self._answer_json(about)
 
-    def _serve_tree(self, name: str, revision: str) -> None:
+    def _serve_tree(self, name: str, revision: str, folder: str) -> None:
         repository = self._find(name, revision)
         if repository is None:
-            return
-        entries = list(_entries(repository.files))
-        start = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
+            return None
+        asked = parse_qs(urlsplit(self.path).query)
+        is_recursive = asked.get("recursive", ["false"])[0].lower() in ("true", "1")
+        entries = list(_entries(repository.files, folder, is_recursive))
+        if folder and not entries:
+            return self._refuse(404, "EntryNotFound", f"{folder} does not exist", commit=repository.commit)
+        start = int(asked.get("cursor", ["0"])[0])
         end = start + self.hub.page_size
         more = {}
         if end < len(entries):
-            more["Link"] = f'<{self.hub.url}{urlsplit(self.path).path}?cursor={end}>; rel="next"'
-        self._answer_json(entries[start:end], more)
+            again = f"cursor={end}&recursive={is_recursive}"
+            more["Link"] = f'<{self.hub.url}{urlsplit(self.path).path}?{again}>; rel="next"'
+        return self._answer_json(entries[start:end], more)
+
+    def _serve_paths(self, name: str, revision: str) -> None:
+        if repository := self._find(name, revision):
+            body = self._body.decode()
+            asked = json.loads(body) if body.startswith("{") else parse_qs(body)
+            entries = _entries(repository.files, "", True)
+            self._answer_json([entry for entry in entries if entry["path"] in asked["paths"]])
 
     def _serve_file(self, name: str, revision: str, path: str) -> None:
         repository = self._find(name, revision)
         if repository is None:
             return None
         if repository.is_gated and self._token not in repository.readers:
-            return self._refuse(
-                403 if self._token else 401, "GatedRepo", f"Access to model {name} is restricted."
-            )
+            return self._refuse(403 if self._token else 401, "GatedRepo", f"Access to {name} is restricted.")
         content = repository.files.get(path)
         if content is None:
             return self._refuse(404, "EntryNotFound", f"{path} does not exist", commit=repository.commit)
@@ -284,19 +315,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _answer_body(self, name: str, content: bytes, headers: dict[str, str]) -> None:
-        start = 0
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if wanted and not self.hub.ignores_ranges:
+        start, stop = 0, len(content)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        is_part = wanted is not None and not self.hub.ignores_ranges
+        if wanted and is_part:
             start = int(wanted[1])
             if start >= len(content):
                 self._answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
                 return
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            stop = min(stop, int(wanted[2]) + 1) if wanted[2] else stop
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
         if self.hub.changed.get(name, 0) > 0 and self.command == "GET":
             self.hub.changed[name] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
-        body = content[start:]
-        self._head(206 if start else 200, len(body), headers)
+        body = content[start:stop]
+        self._head(206 if is_part else 200, len(body), headers)
         if self.command == "GET":
             self._send(name, body)
 
@@ -318,27 +351,34 @@ def _chunks(body: bytes) -> Iterator[bytes]:
         yield body[start : start + (1 << 16)]
 
 
-def _entries(files: dict[str, bytes]) -> Iterator[dict[str, Any]]:
-    """The root of a tree: a folder is one entry."""
-    for folder in sorted({path.split("/", 1)[0] for path in files if "/" in path}):
-        yield {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
-    for path, content in files.items():
-        if "/" in path:
-            continue
-        entry: dict[str, Any] = {
-            "type": "file",
-            "path": path,
-            "size": len(content),
-            "oid": git_digest(content),
-        }
-        if path.endswith(LARGE):
-            sha256 = hashlib.sha256(content).hexdigest()
-            pointer = (
-                f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n"
-            )
-            entry["oid"] = git_digest(pointer.encode())
-            entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": len(pointer)}
-        yield entry
+def _entries(
+    files: dict[str, bytes], under: str = "", is_recursive: bool = False
+) -> Iterator[dict[str, Any]]:
+    """What lies in a folder of a tree: without `is_recursive` a folder in it is one entry."""
+    prefix = f"{under}/" if under else ""
+    inside = {path: content for path, content in files.items() if path.startswith(prefix)}
+    folders = {
+        str(parent)
+        for path in inside
+        for parent in PurePosixPath(path.removeprefix(prefix)).parents
+        if str(parent) != "."
+    }
+    for folder in sorted(folders):
+        if is_recursive or "/" not in folder:
+            yield {"type": "directory", "path": prefix + folder, "oid": "0" * 40, "size": 0}
+    for path, content in inside.items():
+        if is_recursive or "/" not in path.removeprefix(prefix):
+            yield _entry(path, content)
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_digest(content)}
+    if path.endswith(LARGE):
+        sha256 = hashlib.sha256(content).hexdigest()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n"
+        entry["oid"] = git_digest(pointer.encode())
+        entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": len(pointer)}
+    return entry
 
 
 def main() -> None:

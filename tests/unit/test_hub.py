@@ -24,9 +24,9 @@ from tuneloop.core.errors import ModelUnavailable, Unsupported
 from tuneloop.core.types import HubSource, ProgressLine, ResultFile, StepFile
 from tuneloop.steps import hub as ours
 from tuneloop.steps.context import StepContext
-from tuneloop.steps.hub import fetch
+from tuneloop.steps.hub import fetch, listing
 from tuneloop.steps.hub.cache import Repository, digest_of
-from tuneloop.steps.model_import import COPIED
+from tuneloop.steps.model_files import COPIED
 
 NAME = "maker/tiny"
 WEIGHTS = "model.safetensors"
@@ -363,8 +363,8 @@ def test_a_file_of_another_size_than_listed_is_refused(
 ) -> None:
     commit = hub.publish(NAME, model)
     files = hub.repositories[NAME].files
-    listed = ours._files(HubSource(repository=NAME, revision=commit), commit)
-    monkeypatch.setattr(ours, "_files", lambda *_: listed)
+    listed = listing.files_of(HubSource(repository=NAME, revision=commit), commit)
+    monkeypatch.setattr(listing, "files_of", lambda *_: listed)
     files["config.json"] = files["config.json"] + b" "
     error = refused(context, commit)
     assert "onsistency check failed" in error.message

@@ -15,18 +15,15 @@ HF_TOKEN, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE count.
 from __future__ import annotations
 
 import json
-import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tuneloop import __version__
 from tuneloop.core.errors import ModelUnavailable, Unsupported
 from tuneloop.core.types import HubSource
 from tuneloop.steps.context import StepContext
-from tuneloop.steps.hub import errors, fetch
+from tuneloop.steps.hub import errors, fetch, listing
 from tuneloop.steps.hub.cache import Listed, Repository, is_plain
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -39,9 +36,6 @@ LAYOUT = (
     "A model folder holds config.json, tokenizer.json, tokenizer_config.json with a chat template (or "
     "chat_template.jinja) and model.safetensors, as transformers' save_pretrained writes them."
 )
-
-TIMEOUT_SECONDS = 20.0
-"""For each answer about a repository."""
 
 
 class Snapshot(NamedTuple):
@@ -57,23 +51,24 @@ def snapshot(
     patterns: Sequence[str],
     *,
     look: Callable[[Path], None] = lambda folder: None,
+    weights: bool = True,
 ) -> Snapshot:
-    """The files of `source` that match `patterns`, and its weights, in a folder of links.
+    """The files of `source` that match `patterns`, and its weights where wanted, in a folder of links.
 
     `look` sees the folder before the weights are fetched, and may raise. Raises `ModelUnavailable`, saying
     whether it is a matter of access, name, network or disk, and `Unsupported` for pickled weights.
     """
-    _tell_nothing_else()
+    listing.tell_nothing_else()
     repository = Repository.of(source.repository, context)
     if errors.is_offline():
-        return _from_cache(context, source, repository, "HF_HUB_OFFLINE is set", look)
+        return _from_cache(context, source, repository, "HF_HUB_OFFLINE is set", look, weights)
     try:
-        commit = _commit(source)
-        files = _files(source, commit)
+        commit = listing.commit_of(source)
+        files = listing.files_of(source, commit)
     except Exception as error:
         if errors.is_unreachable(error) and repository.commit(source) is not None:
             why = f"the hub was not reached ({errors.reason(error)})"
-            found = _from_cache(context, source, repository, why, look)
+            found = _from_cache(context, source, repository, why, look, weights)
             context.warn(f"{source.repository}: {why}; the copy in {found.folder} is used.")
             return found
         raise errors.explain(source, error) from error
@@ -83,7 +78,7 @@ def snapshot(
             "Write that commit into the card to get the same weights every time."
         )
         repository.remember(source.revision, commit)
-    return _fetched(context, source, repository, commit, files, patterns, look)
+    return _fetched(context, source, repository, commit, files, patterns, look, weights)
 
 
 def _fetched(
@@ -94,15 +89,17 @@ def _fetched(
     files: dict[str, Listed],
     patterns: Sequence[str],
     look: Callable[[Path], None],
+    weights: bool,
 ) -> Snapshot:
     """Small files first: what is wrong with a model shows in them, before gigabytes have come."""
-    refuse_pickles(f"{source.repository} at {commit[:12]}", files)
+    if weights:
+        refuse_pickles(f"{source.repository} at {commit[:12]}", files)
     folder = repository.snapshot(commit)
     small = [file for name, file in files.items() if any(fnmatch(name, each) for each in patterns)]
     files_of = fetch.Fetch(context, source, repository, commit)
     files_of.all([file for file in small if not file.name.endswith(".safetensors")])
     look(folder)
-    names = weight_files(folder, files)
+    names = weight_files(folder, files) if weights else []
     missing = [name for name in names if name not in files]
     if missing:
         raise ModelUnavailable(f"{source.repository} lacks {', '.join(missing[:5])}, which {INDEX} names.")
@@ -152,56 +149,6 @@ def refuse_pickles(place: str, names: Iterable[str]) -> None:
         )
 
 
-def _tell_nothing_else() -> None:
-    """huggingface_hub would look in the environment for programs that the hub has a list of, and say which it
-    found, with the version of torch."""
-    from huggingface_hub import constants
-
-    constants.HF_HUB_DISABLE_TELEMETRY = True
-
-
-# ---------------------------------------------------------------- what the hub lists
-
-
-def _commit(source: HubSource) -> str:
-    """Asked for a pinned revision too: this is where the hub says that a repository is gated or gone."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(endpoint=errors.endpoint(), library_name="tuneloop", library_version=__version__)
-    info = _patiently(
-        lambda: api.model_info(source.repository, revision=source.revision, timeout=TIMEOUT_SECONDS)
-    )
-    commit = str(info.sha)
-    if not re.fullmatch(r"[0-9a-f]{40}", commit) or (source.is_pinned and commit != source.revision):
-        raise ModelUnavailable(
-            f"{errors.endpoint()} answers with commit {commit[:50]!r} for {source.repository} at "
-            f"{source.revision}.",
-            next_move=f"It is no hub, or a faulty mirror: check HF_ENDPOINT. {errors.OWN_COPY}",
-        )
-    return commit
-
-
-def _files(source: HubSource, commit: str) -> dict[str, Listed]:
-    """The files at the root of the repository."""
-    from huggingface_hub.utils import paginate
-
-    url = f"{errors.endpoint()}/api/models/{source.repository}/tree/{commit}"
-    asked = {"recursive": False, "expand": False}
-    entries = list(paginate(url, asked, fetch.headers(), timeout=TIMEOUT_SECONDS))
-    return {file.name: file for file in map(Listed.read, entries) if file is not None}
-
-
-def _patiently(ask: Callable[[], Any]) -> Any:
-    for wait in fetch.RETRY_SECONDS:
-        try:
-            return ask()
-        except Exception as error:
-            if not errors.is_passing(error):
-                raise
-            time.sleep(wait)
-    return ask()
-
-
 # ---------------------------------------------------------------- without the hub
 
 
@@ -211,6 +158,7 @@ def _from_cache(
     repository: Repository,
     why: str,
     look: Callable[[Path], None],
+    weights: bool,
 ) -> Snapshot:
     """What an earlier download left, if it is whole. Its digests are the names of the blobs."""
     name = f"{source.repository} at {source.revision}"
@@ -219,15 +167,15 @@ def _from_cache(
     if commit is None or folder is None or not folder.is_dir():
         raise ModelUnavailable(
             f"{name}: {why}, and it is not in the cache, {repository.root}.",
-            next_move=errors.OFFLINE_MOVE,
+            next_move=errors.offline_move(source),
         )
     names = [file.name for file in folder.iterdir() if file.is_file()]
     look(folder)
-    missing = [each for each in weight_files(folder, names) if each not in names]
+    missing = [each for each in weight_files(folder, names) if each not in names] if weights else []
     if missing:
         raise ModelUnavailable(
             f"{name}: {why}, and the copy in the cache lacks {', '.join(missing[:5])}.",
-            next_move=errors.OFFLINE_MOVE,
+            next_move=errors.offline_move(source),
         )
     context.progress("verifying")
     for file in sorted(folder.iterdir()):
@@ -235,6 +183,7 @@ def _from_cache(
             raise ModelUnavailable(
                 f"{name}: {why}, and the cached {file.name} is damaged: its content has another digest than "
                 "its name in the cache.",
-                next_move=f"Delete {file.resolve()} and run it again with a hub in reach. {errors.OWN_COPY}",
+                next_move=f"Delete {file.resolve()} and run it again with a hub in reach. "
+                f"{errors.own_copy(source)}",
             )
     return Snapshot(folder, commit)

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tuneloop.core.types import HubSource
 from tuneloop.steps.context import StepContext
+from tuneloop.steps.hub.source import Kind, Source
 
 Method = Literal["sha256", "git-sha1"]
 """Large files are listed with their sha256, small ones with the digest that git gives a blob."""
@@ -36,11 +36,13 @@ class Listed(NamedTuple):
         return _DIGESTS[len(self.digest)]
 
     @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> Listed | None:
-        """None for a folder, and for a name or a digest that cannot be the name of a file here."""
+    def read(cls, entry: Mapping[str, Any], in_folders: bool = False) -> Listed | None:
+        """None for a folder, and for a name or a digest that cannot be the name of a file here. With
+        `in_folders` the name may be a path below the repository's root."""
         large = entry.get("lfs")
         name, digest = str(entry.get("path")), str(large["oid"] if large else entry.get("oid"))
-        if entry.get("type") != "file" or not is_plain(name) or method_of(digest) is None:
+        parts = name.split("/") if in_folders else [name]
+        if entry.get("type") != "file" or not all(map(is_plain, parts)) or method_of(digest) is None:
             return None
         return cls(name, int(large["size"] if large else entry["size"]), digest)
 
@@ -68,18 +70,18 @@ def digest_of(file: Path, method: Method) -> str:
 class Repository:
     """Where the files of one repository lie."""
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, kind: Kind = "model") -> None:
         self.root = root
-        self._folder = root / ("models--" + name.replace("/", "--"))
+        self._folder = root / (f"{kind}s--" + name.replace("/", "--"))
 
     @classmethod
-    def of(cls, name: str, context: StepContext) -> Repository:
+    def of(cls, name: str, context: StepContext, kind: Kind = "model") -> Repository:
         """In HF_HUB_CACHE, or HF_HOME, or the home's cache."""
         if own := os.environ.get("HF_HUB_CACHE"):
-            return cls(Path(own).expanduser(), name)
+            return cls(Path(own).expanduser(), name, kind)
         if own := os.environ.get("HF_HOME"):
-            return cls(Path(own).expanduser() / "hub", name)
-        return cls((context.cache_folder or context.folder / "cache") / "hub", name)
+            return cls(Path(own).expanduser() / "hub", name, kind)
+        return cls((context.cache_folder or context.folder / "cache") / "hub", name, kind)
 
     def make(self) -> None:
         (self._folder / "blobs").mkdir(parents=True, exist_ok=True)
@@ -99,7 +101,7 @@ class Repository:
         except FileNotFoundError:
             return 0
 
-    def commit(self, source: HubSource) -> str | None:
+    def commit(self, source: Source) -> str | None:
         """The commit of a revision, as far as it is known here."""
         if source.is_pinned:
             return source.revision if self.snapshot(source.revision).is_dir() else None
@@ -122,7 +124,8 @@ class Repository:
         temporary = pointer.with_name(f".{pointer.name}.{os.getpid()}.{file.digest[:8]}")
         temporary.unlink(missing_ok=True)
         try:
-            temporary.symlink_to(Path("..", "..", "blobs", file.digest))
+            up = [".."] * (2 + file.name.count("/"))
+            temporary.symlink_to(Path(*up, "blobs", file.digest))
         except OSError:
             shutil.copyfile(self.blob(file), temporary)
         os.replace(temporary, pointer)

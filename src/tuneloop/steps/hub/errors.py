@@ -5,14 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from tuneloop.core.errors import ModelUnavailable, TuneloopError
-from tuneloop.core.types import HubSource
-
-OWN_COPY = "Or bring your own copy: tuneloop catalog use NAME --source FOLDER"
-OFFLINE_MOVE = (
-    "Unset HF_HUB_OFFLINE or check the network (HF_ENDPOINT, proxies), and run it once with the hub "
-    f"reachable. {OWN_COPY}"
-)
+from tuneloop.core.errors import DatasetUnavailable, ModelUnavailable, StepFailed, TuneloopError
+from tuneloop.steps.hub.source import Kind, Source, kind_of, path_of
 
 _HUGGING_FACE = "https://huggingface.co"
 _PASSING = (408, 429, 500, 502, 503, 504)
@@ -61,75 +55,135 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.UnsupportedProtocol)
 
 
-def explain(source: HubSource, error: BaseException) -> BaseException:
-    """`ModelUnavailable` with the next move; what is no matter of the hub comes back as it is."""
+def unavailable(source: Source, message: str, next_move: str | None = None) -> StepFailed:
+    """The error of a model's or of a dataset's repository."""
+    if kind_of(source) == "dataset":
+        return DatasetUnavailable(message, next_move=next_move)
+    return ModelUnavailable(message, next_move=next_move)
+
+
+OWN_COPY = "Or bring your own copy: tuneloop catalog use NAME --source FOLDER"
+"""Of a model, whatever it was to come from."""
+
+_OWN_COPY: dict[Kind, str] = {
+    "model": OWN_COPY,
+    "dataset": "Or bring your own copy: tuneloop data download FOLDER --to DIR",
+}
+_REPEAT: dict[Kind, str] = {"model": "retry the job", "dataset": "run it again"}
+_CHOOSE_COMMIT: dict[Kind, str] = {
+    "model": "write one into the card.",
+    "dataset": "give one with --revision.",
+}
+
+
+def own_copy(source: Source) -> str:
+    return _OWN_COPY[kind_of(source)]
+
+
+def repeat(source: Source) -> str:
+    """The next move, in the middle of a sentence: `retry the job`, `run it again`."""
+    return _REPEAT[kind_of(source)]
+
+
+def offline_move(source: Source) -> str:
+    return (
+        "Unset HF_HUB_OFFLINE or check the network (HF_ENDPOINT, proxies), and run it once with the hub "
+        f"reachable. {own_copy(source)}"
+    )
+
+
+def explain(source: Source, error: BaseException) -> BaseException:
+    """`ModelUnavailable` or `DatasetUnavailable` with the next move; what is no matter of the hub comes back
+    as it is."""
     from huggingface_hub import errors
 
-    name = f"{source.repository} at {source.revision}"
-    page = f"{endpoint()}/{source.repository}"
     if isinstance(error, TuneloopError):
         return error
     if isinstance(error, errors.GatedRepoError):
-        return _gated(source, page)
-    if isinstance(error, errors.RevisionNotFoundError):
-        return ModelUnavailable(
-            f"{source.repository}: the hub has no revision '{source.revision}' of it.",
-            next_move=f"Its commits are on {page}/commits/main; write one into the card. {OWN_COPY}",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return ModelUnavailable(
-            f"{source.repository}: {endpoint()} has no such repository, or it is private and "
-            f"{_token_of('may not see it', 'there is no HF_TOKEN')}.",
-            next_move=f"Check the name on {page}. If it is private, HF_TOKEN has to be a token for it. "
-            f"{OWN_COPY}",
-        )
+        return _gated(source)
+    if isinstance(error, errors.RevisionNotFoundError | errors.RepositoryNotFoundError):
+        return _not_there(source, error)
+    name = f"{source.repository} at {source.revision}"
+    again = repeat(source)
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return ModelUnavailable(f"{name}: {reason(error)}.", next_move=f"Compare with {page}. {OWN_COPY}")
+        compare = f"Compare with {_page(source)}. {own_copy(source)}"
+        return unavailable(source, f"{name}: {reason(error)}.", compare)
     status = status_of(error)
-    if status in (401, 403):
-        return ModelUnavailable(
-            f"{name}: {endpoint()} answers {status}: {_token_of('is not accepted', 'there is no HF_TOKEN')}.",
-            next_move=f"Make a token that may read it ({endpoint()}/settings/tokens), then: "
-            "export HF_TOKEN=...",
-        )
-    if status == 429:
-        return ModelUnavailable(
-            f"{name}: {endpoint()} answers 429: too many requests from here.",
-            next_move="Wait some minutes and retry the job; what was fetched is kept. With HF_TOKEN more is "
-            "allowed.",
-        )
     if status is not None:
-        return ModelUnavailable(
-            f"{name}: {endpoint()} answers {status} again and again.",
-            next_move=f"Retry the job later; what was fetched is kept. {OWN_COPY}",
-        )
+        return _answered(source, name, status)
     if is_unreachable(error):
-        return ModelUnavailable(
+        return unavailable(
+            source,
             f"{name}: {endpoint()} was not reached: {reason(error)}.",
-            next_move="Check the network, HF_ENDPOINT and proxies, then retry the job; what was fetched is "
-            f"kept. {OWN_COPY}",
+            f"Check the network, HF_ENDPOINT and proxies, then {again}; what was fetched is kept. "
+            f"{own_copy(source)}",
         )
     if isinstance(error, errors.HFValidationError):
-        return ModelUnavailable(f"{source.repository!r} is not the name of a repository: {reason(error)}.")
+        return unavailable(source, f"{source.repository!r} is not the name of a repository: {reason(error)}.")
     if isinstance(error, OSError) and error.errno is None:
-        return ModelUnavailable(
-            f"{name}: {reason(error)}.", next_move=f"Retry the job; what was fetched is kept. {OWN_COPY}"
-        )
+        move = f"{again.capitalize()}; what was fetched is kept. {own_copy(source)}"
+        return unavailable(source, f"{name}: {reason(error)}.", move)
     return error
 
 
-def _gated(source: HubSource, page: str) -> ModelUnavailable:
+def _page(source: Source) -> str:
+    return f"{endpoint()}/{path_of(source)}"
+
+
+def _not_there(source: Source, error: BaseException) -> StepFailed:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.RevisionNotFoundError):
+        return unavailable(
+            source,
+            f"{source.repository}: the hub has no revision '{source.revision}' of it.",
+            f"Its commits are on {_page(source)}/commits/main; {_CHOOSE_COMMIT[kind_of(source)]} "
+            f"{own_copy(source)}",
+        )
+    return unavailable(
+        source,
+        f"{source.repository}: {endpoint()} has no such repository, or it is private and "
+        f"{_token_of('may not see it', 'there is no HF_TOKEN')}.",
+        f"Check the name on {_page(source)}. If it is private, HF_TOKEN has to be a token for it. "
+        f"{own_copy(source)}",
+    )
+
+
+def _answered(source: Source, name: str, status: int) -> StepFailed:
+    again = repeat(source)
+    if status in (401, 403):
+        return unavailable(
+            source,
+            f"{name}: {endpoint()} answers {status}: {_token_of('is not accepted', 'there is no HF_TOKEN')}.",
+            f"Make a token that may read it ({endpoint()}/settings/tokens), then: export HF_TOKEN=...",
+        )
+    if status == 429:
+        return unavailable(
+            source,
+            f"{name}: {endpoint()} answers 429: too many requests from here.",
+            f"Wait some minutes and {again}; what was fetched is kept. With HF_TOKEN more is allowed.",
+        )
+    return unavailable(
+        source,
+        f"{name}: {endpoint()} answers {status} again and again.",
+        f"{again.capitalize()} later; what was fetched is kept. {own_copy(source)}",
+    )
+
+
+def _gated(source: Source) -> StepFailed:
     message = f"{source.repository} is gated: the hub gives it only to accounts that accepted its terms"
     if has_token():
-        return ModelUnavailable(
+        return unavailable(
+            source,
             f"{message}, and the account of HF_TOKEN has not, or its token may not read gated repositories.",
-            next_move=f"Open {page}, accept the terms with that account (some publishers take days), then "
-            f"retry the job. {OWN_COPY}",
+            f"Open {_page(source)}, accept the terms with that account (some publishers take days), then "
+            f"{repeat(source)}. {own_copy(source)}",
         )
-    return ModelUnavailable(
+    return unavailable(
+        source,
         f"{message}, and there is no HF_TOKEN.",
-        next_move=f"Open {page} and accept the terms, make a token that may read "
-        f"({endpoint()}/settings/tokens), export HF_TOKEN=... and run it again. {OWN_COPY}",
+        f"Open {_page(source)} and accept the terms, make a token that may read "
+        f"({endpoint()}/settings/tokens), export HF_TOKEN=... and run it again. {own_copy(source)}",
     )
 
 

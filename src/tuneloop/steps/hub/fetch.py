@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, cast
 
 from tuneloop import __version__
-from tuneloop.core.errors import ModelUnavailable
-from tuneloop.core.types import HubSource
 from tuneloop.steps.context import StepContext
 from tuneloop.steps.hub import errors
 from tuneloop.steps.hub.cache import Listed, Repository, digest_of
+from tuneloop.steps.hub.source import Source, kind_of
 
 RETRY_SECONDS = (1.0, 3.0, 9.0)
 """Waits between attempts when the hub answers 5xx or the connection breaks."""
@@ -74,7 +73,7 @@ class _Sink:
 class Fetch:
     """Files of one repository at one commit."""
 
-    def __init__(self, context: StepContext, source: HubSource, repository: Repository, commit: str) -> None:
+    def __init__(self, context: StepContext, source: Source, repository: Repository, commit: str) -> None:
         self._context = context
         self._source = source
         self._repository = repository
@@ -94,10 +93,11 @@ class Fetch:
                     f"hub lists {file.digest} for {self._commit[:12]}"
                 )
                 if is_last:
-                    raise ModelUnavailable(
+                    raise errors.unavailable(
+                        self._source,
                         f"{message}. It was deleted, and nothing of it is used.",
-                        next_move="A mirror or a proxy changes files: check HF_ENDPOINT and proxies, then "
-                        f"retry the job. {errors.OWN_COPY}",
+                        "A mirror or a proxy changes files: check HF_ENDPOINT and proxies, then "
+                        f"{errors.repeat(self._source)}. {errors.own_copy(self._source)}",
                     )
                 self._context.warn(f"{message}: it is deleted and fetched again.")
             if not damaged:
@@ -201,7 +201,11 @@ class Fetch:
         if self._repository.partial_size(file) > file.size:
             self._drop_partial(file)
         url = hf_hub_url(
-            self._source.repository, file.name, revision=self._commit, endpoint=errors.endpoint()
+            self._source.repository,
+            file.name,
+            repo_type=kind_of(self._source),
+            revision=self._commit,
+            endpoint=errors.endpoint(),
         )
         with open(partial, "ab") as opened:
             try:
@@ -230,18 +234,20 @@ class Fetch:
         try:
             self._repository.make()
         except OSError as error:
-            raise ModelUnavailable(
+            raise errors.unavailable(
+                self._source,
                 f"{self._source.repository}: the cache {self._repository.root} cannot be written: "
                 f"{error.strerror}.",
-                next_move="Give it to your account, or use another: export HF_HOME=/another/folder",
+                "Give it to your account, or use another: export HF_HOME=/another/folder",
             ) from error
         missing = sum(file.size - self._repository.partial_size(file) for file in files)
         free = shutil.disk_usage(self._repository.root).free
         if missing > free:
-            raise ModelUnavailable(
+            raise errors.unavailable(
+                self._source,
                 f"{self._source.repository}: {spelled(missing)} are to be fetched into "
                 f"{self._repository.root}, and that disk has {spelled(free)} left.",
-                next_move="Free some space, or put the cache on another disk (export HF_HOME=/another/disk); "
+                "Free some space, or put the cache on another disk (export HF_HOME=/another/disk); "
                 "what was fetched so far is kept.",
             )
 
