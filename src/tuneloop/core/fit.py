@@ -1,18 +1,20 @@
 """How much memory of a machine a step or a replica is expected to take: what it claims before it starts.
 
-A first estimate: the weights in 32 bits, what is kept beside them, and a process with torch in it. Measured
-on SmolLM2-135M (`tuneloop demo` prints the peaks): model_import 1.2 GB, preprocess 0.5, finetune with LoRA
-1.7, export 1.2, evaluate 1.2, a replica 1.0; this gives 1.2, 0.5, 1.7, 1.2, 1.2 and 1.1. Batch size and
-sequence length do not enter it.
+A finetune claims what `core.plan` says of its shape, its parameters and its rows. The other steps claim the
+weights in 32 bits, what is kept beside them, and a process with torch in it. Measured on SmolLM2-135M
+(`tuneloop demo` prints the peaks): model_import 1.2 GB, preprocess 0.5, export 1.2, evaluate 1.2, a replica
+1.0; this gives 1.2, 0.5, 1.2, 1.2 and 1.1.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneloop.core.types import StepKind
+from tuneloop.core.plan import Place, Rows, peak, rows_by_characters, setup_at, weights_on_disk
+from tuneloop.core.types import Card, RowStatistics, StepKind
 
 PROCESS_BYTES = 500_000_000
 """Python with torch and transformers loaded, before any weight."""
@@ -20,18 +22,58 @@ WEIGHT_BYTES = 4
 """Everything is computed in 32 bits on a CPU."""
 
 _COPIES = {"model_import": 1.3, "preprocess": 0.0, "export": 1.3, "evaluate": 1.3}
-_LORA_COPIES = 2.2
-"""The frozen weights and the activations of a small batch."""
-_FULL_COPIES = 4.4
-"""Weights, gradients and AdamW's two moments, and a little for activations."""
 _REPLICA_COPIES = 1.1
 
 
-def step_memory_bytes(kind: StepKind, parameters: int, *, apply_lora: bool = False) -> int:
-    """What a step on a model of so many `parameters` is expected to take at its peak."""
-    tuning = _LORA_COPIES if apply_lora else _FULL_COPIES
-    copies = tuning if kind == "finetune" else _COPIES[kind]
-    return PROCESS_BYTES + int(copies * WEIGHT_BYTES * parameters)
+def step_memory_bytes(kind: StepKind, parameters: int) -> int:
+    """What a step other than finetune on a model of so many `parameters` is expected to take at its peak."""
+    return PROCESS_BYTES + int(_COPIES[kind] * WEIGHT_BYTES * parameters)
+
+
+def finetune_memory_bytes(card: Card, finetune: Mapping[str, Any], rows: Rows, *, gpus: int = 0) -> int:
+    """What a finetune is expected to take of this machine's memory; where a GPU holds the model, what passes
+    through on its way there. `finetune` are the step's parameters."""
+    place = Place(
+        name="local", device="cuda" if gpus else "cpu", device_memory_bytes=1, host_memory_bytes=1, gpus=gpus
+    )
+    found = peak(
+        card.architecture,
+        setup_at(finetune, place),
+        rows,
+        device=place.device,
+        file_bytes=weights_on_disk(card),
+    )
+    return found.host_bytes if gpus else found.device.total_bytes
+
+
+def rows_expected(
+    train: RowStatistics | None, max_seq_length: int, card: Card, validation: RowStatistics | None = None
+) -> Rows:
+    """Lengths in tokens, as far as they can be told without a tokenizer. `max_seq_length` -1 is the model's
+    own limit; without statistics that limit is the worst case."""
+    limit = min(card.context_length, max_seq_length) if max_seq_length > 0 else card.context_length
+    if train is None or not train.rows:
+        return Rows(longest=limit)
+    rows = _of(train, limit)
+    if validation is None or not validation.rows:
+        # What training sets aside for it is a part of the same file.
+        return rows
+    aside = _of(validation, limit)
+    return rows.model_copy(
+        update={"validation_tokens": aside.tokens or 0, "longest_evaluated": aside.longest}
+    )
+
+
+def _of(statistics: RowStatistics, limit: int) -> Rows:
+    return rows_by_characters(
+        most_characters=statistics.most_characters,
+        most_messages=statistics.most_messages,
+        characters=statistics.characters,
+        learned_characters=statistics.learned_characters,
+        messages=statistics.messages,
+        count=statistics.rows,
+        limit=limit,
+    )
 
 
 def replica_memory_bytes(parameters: int) -> int:
