@@ -28,6 +28,7 @@ from tuneloop.cli import schemas
 from tuneloop.cli.root import root as command_line
 from tuneloop.client import views
 from tuneloop.core import errors, settings, states, support
+from tuneloop.core.data.rules import RULES
 from tuneloop.core.recipe.component import INPUTS
 from tuneloop.core.recipe.key import STEP_VERSIONS
 from tuneloop.core.recipe.values import GREATEST
@@ -432,6 +433,28 @@ def states_page() -> str:
     return _page("States", "states", lines)
 
 
+# ---------------------------------------------------------------- rules for data
+
+RULE_GROUPS = {
+    "file": "Files",
+    "row": "Rows",
+    "template": "The model's chat template",
+    "tokens": "The model's tokens",
+}
+
+
+def data_rules_page() -> str:
+    lines: list[str] = []
+    for needs, title in RULE_GROUPS.items():
+        rows = [
+            (f"`{rule.name}`", rule.what, rule.severity, rule.fix)
+            for rule in RULES.values()
+            if rule.needs == needs
+        ]
+        lines += [f"## {title}", "", *_table(("rule", "what is needed", "otherwise", "what to do"), rows), ""]
+    return _page("Rules for data", "data-rules", lines)
+
+
 # ---------------------------------------------------------------- Markdown
 
 
@@ -470,6 +493,7 @@ def pages() -> dict[Path, str]:
         FOLDER / "json.md": json_page(),
         FOLDER / "http-api.md": http_page(),
         FOLDER / "states.md": states_page(),
+        FOLDER / "data-rules.md": data_rules_page(),
     }
 
 

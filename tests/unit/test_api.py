@@ -105,7 +105,7 @@ def test_resolving_refuses_what_submitting_would(api: TestClient, tmp_path: Path
     ("row", "rule"),
     [
         ("{not json\n", "json"),
-        ("[1, 2]\n", "object"),
+        ("[1, 2]\n", "row_is_object"),
         ('{"prompt": "x", "completion": "y"}\n', "messages"),
         ('{"messages": [{"role": "robot", "content": "x"}]}\n', "role"),
         (
@@ -268,3 +268,27 @@ def test_the_api_describes_itself(api: TestClient) -> None:
     paths = api.get("/openapi.json").json()["paths"]
     assert "/api/jobs" in paths
     assert "/api/endpoints/{name}/keys" in paths
+
+
+def test_a_cluster_is_created_shown_and_deleted(api: TestClient) -> None:
+    body = {"name": "gpu-cluster-big", "size": "STANDARD_NC24ADS_A100_V4", "max_instances": 2}
+    made = api.post("/api/computes", json=body)
+    assert made.status_code == 201
+    assert made.json()["size"] == "Standard_NC24ads_A100_v4"
+    assert made.json()["memory_bytes"] == api.get("/api/computes/local").json()["memory_bytes"]
+    assert [one["name"] for one in api.get("/api/computes").json()] == ["local", "gpu-cluster-big"]
+    assert api.post("/api/computes", json=body).json()["error"]["code"] == "already_exists"
+    assert api.delete("/api/computes/gpu-cluster-big").status_code == 204
+    assert api.get("/api/computes/gpu-cluster-big").status_code == 404
+    assert api.delete("/api/computes/local").json()["error"]["code"] == "invalid_state"
+
+
+def test_a_job_that_is_expected_to_take_more_than_there_is_is_warned_of(
+    api: TestClient, tmp_path: Path
+) -> None:
+    overrides = {"finetune.per_device_train_batch_size": "100000"}
+    big = submission(tmp_path, rows=GOOD_ROW * 3000, overrides=overrides)
+    warnings = api.post("/api/jobs", json=big).json()["warnings"]
+    assert any("step finetune is expected to take" in one and "tuneloop plan" in one for one in warnings)
+    plain = api.post("/api/jobs", json=submission(tmp_path)).json()["warnings"]
+    assert not any("expected to take" in one for one in plain)

@@ -18,7 +18,7 @@ import yaml
 
 from tuneloop.cli.root import root as command_line
 from tuneloop.core import errors, recipe
-from tuneloop.core.chat import check_messages
+from tuneloop.core.data.rules import RULES, check_row
 from tuneloop.core.settings import Settings
 from tuneloop.serving.protocol import read_score
 from tuneloop.workspace.data import check_chat_file
@@ -97,13 +97,11 @@ def test_every_error_of_the_data_plane_is_in_the_endpoint_page() -> None:
     assert sorted(code for code in coded if f"`{code}`" not in page) == []
 
 
-def test_every_rule_for_a_row_is_on_the_page_about_data() -> None:
-    page = (ROOT / "docs" / "howto" / "own-data.md").read_text("utf-8")
-    places = ("core/chat.py", "workspace/data.py", "steps/preprocess.py")
-    text = "\n".join((SOURCE / place).read_text("utf-8") for place in places)
-    rules = set(re.findall(r'(?:Finding|_problem)\("(\w+)"', text)) - {"utf8"}
-    assert len(rules) > 10
-    assert sorted(rule for rule in rules if f"`{rule}`" not in page) == []
+def test_every_rule_for_data_is_on_its_page_and_no_other() -> None:
+    page = (ROOT / "docs" / "reference" / "data-rules.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == sorted(
+        RULES, key=lambda name: ("file", "row", "template", "tokens").index(RULES[name].needs)
+    )
 
 
 def test_the_error_that_the_page_about_data_shows_is_the_one_that_is_given(tmp_path: Path) -> None:
@@ -395,7 +393,7 @@ def test_recipes_and_rows_and_requests_on_a_page_are_good_ones(page: Path) -> No
     for block in blocks(text, "json"):
         value = json.loads(block)
         if "messages" in value:
-            assert check_messages(value) == []
+            assert check_row(value) == []
         if "input_data" in value:
             assert read_score(value).conversations
 

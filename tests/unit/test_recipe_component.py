@@ -87,5 +87,8 @@ def test_finetune_holds_the_components_43_inputs_and_three_of_ours() -> None:
     assert len(FinetuneParameters.model_fields) == 41 + 2 + 3
 
 
-def test_preprocess_holds_the_components_three() -> None:
-    assert set(PreprocessParameters.model_fields) == {"batch_size", "pad_to_max_length", "max_seq_length"}
+def test_preprocess_holds_the_components_three_and_ours() -> None:
+    component = {"batch_size", "pad_to_max_length", "max_seq_length"}
+    ours = {"long_rows", "messages_column", "bad_rows", "split", "split_seed"}
+    assert set(PreprocessParameters.model_fields) == component | ours
+    assert all(PreprocessParameters.model_fields[name].description.startswith("Tuneloop: ") for name in ours)

@@ -384,7 +384,7 @@ def test_a_slot_is_free_again_after_every_kind_of_end() -> None:
         else:
             world.finish("a", job=name, status=end)
         world.tick(2)
-    assert Computes(world.store, world.clock).active("local") == []
+    assert Computes(world.store, world.clock).active() == []
 
 
 def test_a_step_that_can_never_be_started_fails_and_gives_its_slot_back() -> None:

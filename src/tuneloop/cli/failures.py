@@ -7,7 +7,7 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
@@ -47,6 +47,11 @@ def describe(message: str, next_move: str | None, details: Any) -> list[str]:
     return lines
 
 
+def details_told(details: Iterable[Any]) -> list[str]:
+    """A line for each mistake or finding of a list such as an error's `details`."""
+    return [text for detail in details if (text := _mistake(detail))]
+
+
 def _is_said(detail: Any, message: str) -> bool:
     """Whether the message holds a recipe's mistake with its line, or a row's finding as it is told here."""
     if not isinstance(detail, Mapping) or "message" not in detail:
@@ -70,8 +75,10 @@ def _mistake(detail: Any) -> str | None:
 
 def _finding(detail: Mapping[str, Any]) -> str:
     """`a.jsonl line 6: messages[0].role: found "usr" (rule role_known). Use one of system, user.`"""
-    line = f"line {detail['line']}" if detail.get("line") is not None else None
-    place = " ".join(str(part) for part in (detail.get("file"), line) if part)
+    line = f"{detail.get('place', 'line')} {detail['line']}" if detail.get("line") is not None else None
+    name = str(detail.get("id") or "")
+    named = f"(id {name if len(name) <= 24 else f'{name[:12]}...'})" if name else None
+    place = " ".join(str(part) for part in (detail.get("file"), line, named) if part)
     found = f"found {_short(detail['value'])} " if detail.get("value") is not None else ""
     told = f"{found}(rule {detail['rule']})."
     text = ": ".join(str(part) for part in (place, detail.get("field"), told) if part)

@@ -16,7 +16,13 @@ _file = click.Path(path_type=Path)
 
 
 @click.command("init")
-@click.option("--data", required=True, type=_file, metavar="FILE", help="Conversations to learn, JSON Lines.")
+@click.option(
+    "--data",
+    required=True,
+    type=_file,
+    metavar="FILE",
+    help="Conversations to learn: JSON Lines, JSON, CSV, TSV or Parquet.",
+)
 @click.option(
     "--model",
     default=MODEL,

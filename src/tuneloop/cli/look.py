@@ -6,16 +6,16 @@ Nothing is judged here: whether a row can be learned from is said by the server 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuneloop.core.errors import NotFound, UsageError
+from tuneloop.core.errors import NotFound
 
 MOST_BYTES = 64_000_000
-"""Of a larger file the beginning is read, and the rest counted by its size."""
+"""Of a larger file the beginning is read, and the rest counted by its size (of a packed one not at all)."""
+CHUNK_BYTES = 1_000_000
 
 ASCII_PER_TOKEN = 3.5
 """Characters; English prose has about 4 in the tokenizers of the catalogue, code and names have fewer."""
@@ -70,46 +70,35 @@ class Look:
 
 
 def look_at(path: Path) -> Look:
-    """Raises `NotFound` when there is no such file, with the nearest of its folder, and `UsageError`."""
+    """A file of any format that data may have. Raises `NotFound` when there is no such file, with the nearest
+    of its folder, `UsageError` when it may not be read, and `Unsupported` and `DataError` as reading does."""
+    from tuneloop.core.data.reading import open_source
+
     if not path.is_file():
         raise NotFound(f"There is no file {path}.", next_move=_beside(path))
+    source = open_source(path)
     found = Look(path)
-    size = path.stat().st_size
-    read = 0
     columns: dict[str, None] = {}
-    try:
-        for line in _lines(path):
-            read += len(line)
-            _count(found, line, columns)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    for number, chunk in enumerate(source.chunks(CHUNK_BYTES)):
+        if number * CHUNK_BYTES >= MOST_BYTES:
+            found.is_whole = False
+            break
+        for row in chunk.rows():
+            _count(found, row.value, columns)
     found.columns = list(columns)
-    if size > read and read:
-        found.is_whole = False
-        found.rows = round(found.rows * size / read)
+    if not found.is_whole and source.compression is None and source.format != "parquet":
+        found.rows = round(found.rows * source.size_bytes / MOST_BYTES)
     return found
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    read = 0
-    with path.open("rb") as handle:
-        for line in handle:
-            yield line
-            read += len(line)
-            if read > MOST_BYTES:
-                return
-
-
-def _count(found: Look, line: bytes, columns: dict[str, None]) -> None:
-    if not line.strip():
-        return
+def _count(found: Look, row: Mapping[str, Any] | None, columns: dict[str, None]) -> None:
     found.rows += 1
     try:
-        row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-        messages = [(str(one["role"]), str(one["content"])) for one in row["messages"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        messages = [(str(one["role"]), str(one["content"])) for one in (row or {})["messages"]]
+    except (KeyError, TypeError):
         found.unread_rows += 1
         return
+    assert row is not None
     columns.update(dict.fromkeys(row))
     text = "".join(content for _, content in messages)
     plain = sum(letter.isascii() for letter in text)
@@ -127,8 +116,8 @@ def _beside(path: Path) -> str:
     from tuneloop.core.names import did_you_mean
 
     folder = path.parent
-    there = sorted(one.name for one in folder.glob("*.json*")) if folder.is_dir() else []
+    there = sorted(one.name for one in folder.glob("*.*")) if folder.is_dir() else []
     return (
         did_you_mean(path.name, there)
-        or f"Give a JSON Lines file; {folder.absolute()} has none of that name."
+        or f"Give a file of conversations; {folder.absolute()} has none of that name."
     )

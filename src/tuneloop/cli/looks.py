@@ -74,6 +74,20 @@ def run(
     return folder
 
 
+def tokenizer(model: str) -> Path:
+    """The folder with the tokenizer of a base model, fetched without its weights, or a folder that is named.
+    Raises `NotFound` where there is neither."""
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser().resolve()
+    from tuneloop.core.recipe import ImportedCard
+
+    card = session.connect().client.card(model)
+    parameters = {"card": ImportedCard.of(card).model_dump(mode="json")}
+    outputs = {"tokenizer": "folder"}
+    folder = run("tokenizer", parameters, {}, outputs, label=f"Fetching the tokenizer of {card.name}")
+    return folder / "outputs" / "tokenizer"
+
+
 def result(folder: Path) -> ResultFile:
     """What `run`'s folder says of itself."""
     found = _succeeded(folder)

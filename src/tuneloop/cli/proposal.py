@@ -92,7 +92,11 @@ def choices(card: Card, files: Files) -> dict[str, dict[str, Choice]]:
         ),
         "save_total_limit": Choice(1, "keep the newest checkpoint only"),
     }
-    found = {"preprocess": {"max_seq_length": Choice(length, cut)}, "finetune": finetune}
+    long_rows = Choice("split_turns", "longer rows become several conversations; a turn stays whole")
+    found = {
+        "preprocess": {"max_seq_length": Choice(length, cut), "long_rows": long_rows},
+        "finetune": finetune,
+    }
     test_rows = files.test.rows if files.test else files.train.rows // 10
     found["evaluate"] = {"samples": Choice(5, "conversations that base and tuned model answer side by side")}
     if test_rows > SCORED_ROWS:
@@ -113,7 +117,7 @@ def _length(card: Card, files: Files) -> tuple[int, str]:
     cut = sum(look.longer_than(length) for look in looks)
     said = f"the longest row has about {longest} tokens"
     if cut:
-        said += f", and {cut} rows more than this: they are cut there"
+        said += f", and {cut} rows more than this"
     return length, f"{said}; {card.name} reads {card.context_length:,}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from tuneloop.cli import completion, output, run, shipped
+from tuneloop.cli import completion, output, recipe_file, shipped
 
 
 @click.group("recipes")
@@ -28,7 +28,9 @@ def list_(as_json: bool) -> None:
     Example:
       tuneloop recipes list
     """
-    found = [{"name": name, "headline": shipped.headline(run.recipe_path(name))} for name in shipped.names()]
+    found = [
+        {"name": name, "headline": shipped.headline(recipe_file.path_of(name))} for name in shipped.names()
+    ]
     if as_json:
         output.print_json(found)
     else:
@@ -47,7 +49,7 @@ def show_(name: str, as_json: bool) -> None:
     Example:
       tuneloop recipes show demo > my.yaml
     """
-    path = run.recipe_path(name)
+    path = recipe_file.path_of(name)
     text = path.read_text(encoding="utf-8")
     if as_json:
         output.print_json({"name": path.stem, "path": str(path), "text": text})

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tuneloop.cli import completion, output, session, shipped, streaming, words
-from tuneloop.core.errors import NotFound, UsageError
-from tuneloop.core.names import did_you_mean
+from tuneloop.cli import completion, output, planning, recipe_file, session, streaming, words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +24,7 @@ PRIORITIES = ("high", "medium", "low")
 @click.option("changes", "--set", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe.")
 @click.option("--experiment", metavar="NAME", help="List the job under this experiment.")
 @click.option("--force-rerun", is_flag=True, help="Run every step, even where an equal one has a result.")
+@click.option("--force", is_flag=True, help="Run it even where the planner says that it does not fit.")
 @click.option(
     "--priority",
     type=click.Choice(PRIORITIES),
@@ -42,6 +41,7 @@ def run_(
     changes: Sequence[str],
     experiment: str | None,
     force_rerun: bool,
+    force: bool,
     priority: str | None,
     detach: bool,
     dry_run: bool,
@@ -53,6 +53,8 @@ def run_(
     RECIPE is a YAML file, or the name of a recipe that ships with Tuneloop (`tuneloop recipes list`).
     Paths of data in it start at the recipe's folder. Everything is checked before anything runs; the final
     parameters are printed with where each value came from (model, recipe, --set; with -v also built-in).
+    What would not fit into memory or on the disk is refused, with the smallest changes that would fit
+    (`tuneloop plan` shows the whole of it); --force runs it all the same.
 
     Then the job's progress is streamed. Ctrl-C detaches: the job goes on, and `tuneloop jobs stream NAME`
     comes back to it. Steps whose inputs and parameters were run before are reused.
@@ -61,7 +63,7 @@ def run_(
     submitted) and the progress goes to stderr.
 
     \b
-    Exit codes: 0 completed, 1 the job failed, 2 the recipe or the data is wrong,
+    Exit codes: 0 completed, 1 the job failed, 2 the recipe or the data is wrong, 4 it does not fit,
     130 cancelled, or detached with Ctrl-C.
 
     \b
@@ -80,6 +82,8 @@ def run_(
         else:
             tell_parameters(resolution, verbose)
         return 0
+    if not force:
+        planning.refuse_what_does_not_fit(recipe, overrides)
     try:
         job = connection.client.submit(submission)
     except KeyboardInterrupt:
@@ -106,57 +110,15 @@ def submission_of(
     priority: str | None = None,
 ) -> Submission:
     """The recipe at a path, or the shipped one of that name. Raises `NotFound` with the nearest name."""
-    path = recipe_path(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a text file: {error.reason} at byte {error.start}.") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    path = recipe_file.path_of(recipe)
     return session.submission(
-        text=text,
+        text=recipe_file.text_of(path),
         path=recipe if path == Path(recipe) else path.name,
         folder=str(path.parent.absolute()),
         overrides=dict(overrides),
         experiment=experiment,
         force_rerun=force_rerun,
         priority=priority,
-    )
-
-
-def recipe_path(recipe: str) -> Path:
-    path = Path(recipe)
-    # Whatever can be read is taken, a pipe such as <(...) too; a folder is looked for among the shipped ones.
-    if recipe and path.exists() and not path.is_dir():
-        return path
-    found = shipped.find(recipe)
-    if found is not None:
-        return found
-    if recipe and path.is_dir():
-        raise UsageError(f"{recipe!r} is a folder; a recipe is a YAML file.", next_move=_recipes_in(path))
-    near = did_you_mean(recipe.removesuffix(".yaml"), shipped.names()) or ""
-    raise NotFound(
-        f"There is no recipe file {recipe!r}, and none of that name ships with Tuneloop. {near}".rstrip(),
-        next_move=_files_beside(path) or "See the shipped ones with: tuneloop recipes list",
-    )
-
-
-def _files_beside(path: Path) -> str | None:
-    """The recipe that was probably meant, of those in the folder; None without any."""
-    there = sorted(str(one) for one in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-    return (
-        (did_you_mean(str(path), there) or f"In that folder there is: {', '.join(there[:5])}.")
-        if there
-        else None
-    )
-
-
-def _recipes_in(folder: Path) -> str:
-    found = sorted(str(path) for path in folder.glob("*.y*ml"))
-    return (
-        f"In it there is: {', '.join(found[:5])}."
-        if found
-        else "Start from: tuneloop recipes show demo > my.yaml"
     )
 
 

@@ -25,7 +25,11 @@ from tuneloop.client.views import (
     Resolution,
     StatusView,
 )
-from tuneloop.core.types import Card, ModelRecord
+from tuneloop.core.data.repair import Repaired
+from tuneloop.core.data.report import Report
+from tuneloop.core.plan import Plan, Recommendation
+from tuneloop.core.sizes import Size
+from tuneloop.core.types import Card, Dataset, ModelRecord
 
 
 class Failure(TypedDict):
@@ -86,6 +90,146 @@ class WrittenRecipe(TypedDict):
     model: str
     data: dict[str, DataLook]
     """By role: train, validation, test."""
+
+
+FileState = Literal["written", "unchanged", "replaced"]
+"""`unchanged`: the same content was there already."""
+
+
+class DownloadedSplit(TypedDict):
+    split: str
+    file: str
+    rows: int
+    of_rows: int
+    """Rows that the split has."""
+    size_bytes: int
+    state: FileState
+    files_read: int
+    of_files: int
+    """Files that the split is stored in."""
+
+
+class DatasetDownload(TypedDict):
+    dataset: str
+    commit: str | None
+    """None: it came from a folder."""
+    folder: str
+    splits: list[DownloadedSplit]
+
+
+class WrittenScript(TypedDict):
+    path: str | None
+    """None when it went to stdout."""
+    state: Literal["written", "unchanged", "replaced", "printed"]
+    script: str
+
+
+class BadRow(TypedDict):
+    """A finding of a row that could not be used."""
+
+    file: str
+    line: int
+    row: int
+    field: str
+    rule: str
+    value: str
+    fix: str
+
+
+class ConvertedFile(TypedDict):
+    path: str
+    state: FileState
+    layout: Literal["sharegpt", "alpaca", "prompt-completion", "openai", "csv"]
+    found_by: str | None
+    """What `auto` told the layout by; None: it was named."""
+    rows: int
+    converted: int
+    bad_rows: int
+    notes: dict[str, int]
+    """What was done to rows beyond renaming, and how often."""
+    findings: list[BadRow]
+    """Of the first 100 bad rows."""
+
+
+class WrittenSplit(TypedDict):
+    split: Literal["train", "validation", "test"]
+    path: str
+    rows: int
+    state: FileState
+
+
+class SplitFile(TypedDict):
+    rows: int
+    splits: list[WrittenSplit]
+
+
+class HistogramBin(TypedDict):
+    up_to: int
+    """Tokens: more than the bin before, at most this."""
+    conversations: int
+
+
+class RowLengths(TypedDict):
+    """In tokens."""
+
+    median: int
+    p90: int
+    p99: int
+    max: int
+    histogram: list[HistogramBin]
+
+
+class PolicyLoss(TypedDict):
+    """What a policy for long rows takes away."""
+
+    rows: int
+    """Of which nothing is left."""
+    turns: int
+    assistant_tokens: int
+
+
+class FileTokens(TypedDict):
+    """Of the rows that pass every rule but the one about their length."""
+
+    rows: int
+    tokens: int
+    learned_tokens: int
+    turns: int
+    lengths: RowLengths
+    long_rows: int
+    would_lose: dict[str, PolicyLoss]
+    """By the policies of `long_rows`; empty when no row is too long."""
+
+
+class DataCheck(TypedDict):
+    report: Report
+    tokens: dict[str, FileTokens] | None
+    """By file; None without a model."""
+    max_seq_length: int | None
+    long_rows: str
+    """The policy that was asked for."""
+    fixed: list[Repaired]
+    """With --fix: one for each file."""
+
+
+class ShownFinding(TypedDict):
+    rule: str
+    field: str
+    value: str
+    fix: str
+
+
+class ShownRow(TypedDict):
+    row: int
+    line: int
+    messages: Any
+    """As the file has them; None for a row that cannot be read."""
+    tokens: int | None
+    """None without a model, or when the row cannot be rendered."""
+    learned_tokens: int | None
+    spans: list[tuple[str, bool]]
+    """The rendered text, cut where what is learned begins and ends; true: it is learned."""
+    findings: list[ShownFinding]
 
 
 class MetricPoint(TypedDict):
@@ -226,8 +370,22 @@ OUTPUTS: Mapping[str, Mapping[str, Any]] = {
     "jobs cancel": {"": JobView},
     "jobs retry": {"": JobView},
     "jobs outputs": {"": dict[str, OutputView], "--download": Download},
+    "data check": {"": DataCheck},
+    "data stats": {"": DataCheck},
+    "data show": {"": ShownRow},
+    "data list": {"": list[Dataset]},
+    "data register": {"": Dataset},
+    "data describe": {"": Dataset},
+    "data download": {"": DatasetDownload},
+    "data download-script": {"": WrittenScript},
+    "data convert": {"": ConvertedFile},
+    "data split": {"": SplitFile},
     "compute list": {"": list[ComputeView]},
     "compute show": {"": ComputeView},
+    "compute create": {"": ComputeView},
+    "compute delete": {"": Deleted},
+    "compute sizes": {"": list[Size]},
+    "plan": {"": Plan, "--recommend": list[Recommendation]},
     "catalog list": {"": list[Card]},
     "catalog show": {"": Card},
     "catalog add": {"": Card},

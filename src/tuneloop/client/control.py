@@ -36,7 +36,7 @@ from tuneloop.core.errors import (
     UsageError,
     VersionMismatch,
 )
-from tuneloop.core.types import Card, Event, MetricLine, ModelRecord, Noun
+from tuneloop.core.types import Card, Dataset, Event, MetricLine, ModelRecord, Noun
 
 N = TypeVar("N", bound=Noun)
 V = TypeVar("V")
@@ -113,6 +113,23 @@ class Client:
         body = {"folder": str(folder.absolute())}
         return self._noun(Card, "POST", f"/api/cards/{_part(name)}/source", body, timeout=SUBMIT_SECONDS)
 
+    # ------------------------------------------------------------ data
+
+    def datasets(self, name: str | None = None) -> list[Dataset]:
+        """Oldest first."""
+        return self._nouns(Dataset, "GET", "/api/datasets", params=_given(name=name))
+
+    def dataset(self, name: str) -> Dataset:
+        """`name` (the one that was stored last) or `name:version`. Raises `NotFound`."""
+        return self._noun(Dataset, "GET", f"/api/datasets/{_part(name)}")
+
+    def register_dataset(
+        self, path: Path, *, name: str | None = None, license: str | None = None, bad_rows: int = 0
+    ) -> Dataset:
+        """Checks and stores a file of this machine. Raises `DataError` with its bad rows."""
+        body = {"path": str(path.absolute()), **_given(name=name, license=license), "bad_rows": bad_rows}
+        return self._noun(Dataset, "POST", "/api/datasets", body, timeout=SUBMIT_SECONDS)
+
     # ------------------------------------------------------------ jobs
 
     def resolve(self, submission: Submission) -> Resolution:
@@ -143,6 +160,14 @@ class Client:
 
     def compute(self, name: str) -> ComputeView:
         return self._view(ComputeView, "GET", f"/api/computes/{_part(name)}")
+
+    def create_compute(self, name: str, size: str, max_instances: int = 1) -> ComputeView:
+        """A cluster called after an Azure size, mapped onto the server's machine."""
+        body = {"name": name, "size": size, "max_instances": max_instances}
+        return self._view(ComputeView, "POST", "/api/computes", body)
+
+    def delete_compute(self, name: str) -> None:
+        self._json("DELETE", f"/api/computes/{_part(name)}")
 
     def retry(self, name: str) -> JobView:
         return self._view(JobView, "POST", f"/api/jobs/{_part(name)}/retry")

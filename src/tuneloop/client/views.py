@@ -151,9 +151,22 @@ class WaitingView(TypedDict):
     expected_seconds: float | None
 
 
+class GpuView(TypedDict):
+    name: str
+    memory_bytes: int
+
+
 class ComputeView(TypedDict):
     name: str
     type: str
+    """`local`, or `cluster`: a name with an Azure size, mapped onto this machine."""
+    size: NotRequired[str]
+    """Of a cluster."""
+    max_instances: int
+    provisioning_state: str
+    devices: list[GpuView]
+    limited_by: list[str]
+    """A container's limits below what the machine has."""
     slots: int
     slots_used: int
     cores: int

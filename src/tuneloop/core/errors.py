@@ -25,6 +25,7 @@ value seen, the limit or the choices, and `next_move` says what to do now.
     │   └── VersionMismatch            6     503   client and server differ
     ├── StepFailed                     1     500   a step ended without its result
     │   ├── ModelUnavailable           1     500   weights cannot be had, or are not what was asked
+    │   ├── DatasetUnavailable         1     500   data cannot be had, or is not what was asked
     │   ├── ExportMismatch             1     500   merged weights do not answer as the adapter does
     │   ├── OutOfMemory                1     500   of the machine, or of the accelerator
     │   └── Diverged                   1     500   the loss is not a number
@@ -173,6 +174,10 @@ class StepFailed(TuneloopError):
 
 class ModelUnavailable(StepFailed):
     code = "model_unavailable"
+
+
+class DatasetUnavailable(StepFailed):
+    code = "dataset_unavailable"
 
 
 class ExportMismatch(StepFailed):

@@ -152,6 +152,7 @@ class Lifetime:
 def assemble(settings: Settings, lifetime: Lifetime) -> tuple[Parts, Reconciler]:
     """Adapters into the workspace, the workspace into what the routes use."""
     from tuneloop.adapters.files import LocalFiles
+    from tuneloop.adapters.gpus import gpus
     from tuneloop.adapters.local import LocalExecutor
     from tuneloop.adapters.sql import SqlStore
     from tuneloop.server.parts import Parts
@@ -173,6 +174,8 @@ def assemble(settings: Settings, lifetime: Lifetime) -> tuple[Parts, Reconciler]
         slots=settings.slots,
         cores=machine.cores,
         memory_bytes=settings.claimable_bytes(machine.memory_bytes),
+        devices=gpus(),
+        limited_by=machine.limited_by,
     )
     catalog, data = Catalog(store, clock), Data(store, files, clock)
     models = Models(store, files, clock)

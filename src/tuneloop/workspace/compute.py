@@ -1,5 +1,6 @@
-"""Computes: places with capacity, who holds it, and who waits for it. In this version there is one, `local`:
-this machine.
+"""Computes: places with capacity, who holds it, and who waits for it. In this version there is one machine,
+`local`; a cluster is a name with an Azure size that is mapped onto it. So there is one account of slots and
+memory, and one line, whatever name a recipe writes.
 
 A step claims one slot and the memory that it is expected to take; a replica claims memory. What is claimed
 never exceeds what the compute gives, but for one rule: a step that is alone may start whatever it is expected
@@ -15,7 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from tuneloop.core.errors import NoRoom
+from tuneloop.core import sizes
+from tuneloop.core.errors import AlreadyExists, InvalidState, NoRoom, UsageError
+from tuneloop.core.names import check_name
 from tuneloop.core.ports import Clock, Store
 from tuneloop.core.states import (
     REPLICA_ENDED,
@@ -31,6 +34,7 @@ from tuneloop.core.types import (
     AttemptRecord,
     Compute,
     DeploymentRecord,
+    Gpu,
     Job,
     JobRecord,
     ReplicaRecord,
@@ -40,8 +44,10 @@ from tuneloop.core.types import (
 
 ACTIVE = (AttemptState.CLAIMED, AttemptState.RUNNING)
 WAITING = (JobState.QUEUED, JobState.RUNNING)
+NOT_ENDED = (*WAITING, JobState.CANCELING)
 LOCAL = "local"
-"""Where replicas run."""
+"""This machine: where everything runs, replicas too."""
+MOST_INSTANCES = 1000
 
 
 @dataclass(frozen=True)
@@ -66,48 +72,113 @@ class Computes:
         self._store = store
         self._clock = clock
 
-    def declare_local(self, *, slots: int, cores: int, memory_bytes: int, gpus: int = 0) -> Compute:
+    def declare_local(
+        self,
+        *,
+        slots: int,
+        cores: int,
+        memory_bytes: int,
+        devices: Sequence[Gpu] = (),
+        limited_by: Sequence[str] = (),
+    ) -> Compute:
         """Record this machine, or what has changed about it since the last start. `memory_bytes` is what may
         be claimed."""
+        facts: dict[str, object] = {
+            "slots": slots,
+            "cores": cores,
+            "memory_bytes": memory_bytes,
+            "gpus": len(devices),
+            "devices": tuple(devices),
+            "limited_by": tuple(limited_by),
+        }
         found = self._store.find(Compute, LOCAL)
         if found is None:
-            return self._store.insert(
-                Compute(
-                    created_at=self._clock.now(),
-                    name=LOCAL,
-                    slots=slots,
-                    cores=cores,
-                    memory_bytes=memory_bytes,
-                    gpus=gpus,
-                )
-            )
-        changed = found.model_copy(
-            update={"slots": slots, "cores": cores, "memory_bytes": memory_bytes, "gpus": gpus}
-        )
+            made = Compute(created_at=self._clock.now(), name=LOCAL, cores=cores, memory_bytes=memory_bytes)
+            return self._store.insert(made.model_copy(update=facts))
+        changed = found.model_copy(update=facts)
         return found if changed == found else self._store.update(changed)
 
+    def create(self, name: str, *, size: str, max_instances: int = 1) -> Compute:
+        """A named cluster of an Azure size, mapped onto this machine.
+
+        Raises `InvalidName`, `NotFound` for a size that is not in the table, `UsageError` for one that the
+        document denies or for nodes below 1, `AlreadyExists`.
+        """
+        check_name(name, "compute")
+        found = sizes.get(size)
+        denied = sizes.why_not_allowed(found.name, None)
+        if denied is not None:
+            raise UsageError(denied)
+        if not 1 <= max_instances <= MOST_INSTANCES:
+            raise UsageError(f"max_instances is {max_instances}; expected 1 to {MOST_INSTANCES}.")
+        with self._store.transaction():
+            existing = self._store.find(Compute, name)
+            if existing is not None:
+                raise AlreadyExists(
+                    f"There is a compute '{name}' already: {existing.size or 'this machine'}.",
+                    next_move=f"Use it, or delete it first: tuneloop compute delete {name}",
+                )
+            made = Compute(
+                created_at=self._clock.now(),
+                name=name,
+                type="cluster",
+                cores=0,
+                memory_bytes=0,
+                size=found.name,
+                max_instances=max_instances,
+            )
+            return self._mapped(self._store.insert(made))
+
+    def delete(self, name: str) -> None:
+        """Raises `NotFound`, and `InvalidState` for this machine or a cluster that a job still names."""
+        with self._store.transaction():
+            found = self._store.get(Compute, name)
+            if found.type == "local":
+                raise InvalidState(f"'{name}' is this machine: it cannot be deleted.")
+            users = [
+                record.key
+                for record in self._store.list(JobRecord, states=NOT_ENDED)
+                if any(step.compute == name for step in record.job.steps)
+            ]
+            if users:
+                raise InvalidState(
+                    f"Compute '{name}' is used by {len(users)} job(s) that have not ended: "
+                    f"{', '.join(users[:3])}{' ...' if len(users) > 3 else ''}.",
+                    next_move=f"Wait for them, or cancel them first: tuneloop jobs cancel {users[0]}",
+                )
+            self._store.delete(found)
+
     def get(self, name: str) -> Compute:
-        return self._store.get(Compute, name)
+        """With this machine's capacity, whatever size a cluster is called after."""
+        return self._mapped(self._store.get(Compute, name))
 
     def list(self) -> Sequence[Compute]:
-        return self._store.list(Compute)
+        return [self._mapped(record) for record in self._store.list(Compute)]
 
-    def active(self, name: str) -> Sequence[AttemptRecord]:
-        """The attempts that hold a slot of this compute, oldest first."""
-        attempts = self._store.list(AttemptRecord, states=ACTIVE)
-        return [attempt for attempt in attempts if attempt.compute == name]
+    def _mapped(self, record: Compute) -> Compute:
+        machine = record if record.type == "local" else self._store.find(Compute, LOCAL)
+        if machine is None or machine is record:
+            return record
+        shared = machine.model_dump(include={"slots", "cores", "memory_bytes", "gpus"})
+        return record.model_copy(
+            update={**shared, "devices": machine.devices, "limited_by": machine.limited_by}
+        )
+
+    def active(self) -> Sequence[AttemptRecord]:
+        """The attempts that hold a slot, oldest first: of this machine, whatever its name was."""
+        return self._store.list(AttemptRecord, states=ACTIVE)
 
     # ------------------------------------------------------------ claims
 
     def has_free_slot(self, name: str) -> bool:
-        return len(self.active(name)) < self.get(name).slots
+        return len(self.active()) < self.get(name).slots
 
     def why_full(self, name: str, memory_bytes: int = 0) -> str | None:
         """None when a step that is expected to take so much may start; otherwise why not, in a sentence."""
-        compute, holders = self.get(name), self.active(name)
+        compute, holders = self.get(name), self.active()
         if len(holders) >= compute.slots:
             return _no_slot(compute, holders)
-        serving = self._kept_for_serving(name)
+        serving = self._kept_for_serving()
         held = serving + sum(holder.memory_bytes for holder in holders)
         is_alone = not holders and serving == 0
         if is_alone or held + memory_bytes <= compute.memory_bytes:
@@ -116,7 +187,7 @@ class Computes:
 
     def may_ever_fit(self, name: str, memory_bytes: int) -> bool:
         """Whether a step would start once every other step has ended; endpoints stay."""
-        serving = self._kept_for_serving(name)
+        serving = self._kept_for_serving()
         return serving == 0 or serving + memory_bytes <= self.get(name).memory_bytes
 
     def why_no_replica(self, memory_bytes: int) -> str | None:
@@ -124,7 +195,7 @@ class Computes:
         compute = self._store.find(Compute, LOCAL)
         if compute is None:
             return None
-        holders, replicas = self.active(LOCAL), self._replicas()
+        holders, replicas = self.active(), self._replicas()
         serving = sum(replica.memory_bytes for replica in replicas)
         held = serving + sum(holder.memory_bytes for holder in holders)
         is_alone = not holders and not replicas
@@ -135,7 +206,7 @@ class Computes:
     def require_room(self, replicas: int, memory_bytes: int, what: str) -> None:
         """Raises `NoRoom` when the endpoints together would want more than this machine gives."""
         compute = self._store.find(Compute, LOCAL)
-        wanted, kept = replicas * memory_bytes, self._kept_for_serving(LOCAL)
+        wanted, kept = replicas * memory_bytes, self._kept_for_serving()
         if compute is None or kept + wanted <= compute.memory_bytes:
             return
         plural = "a replica" if replicas == 1 else f"{replicas} replicas"
@@ -146,15 +217,14 @@ class Computes:
             "Tuneloop claim more with the setting memory_gb.",
         )
 
-    def holdings(self, name: str) -> dict[str, object]:
-        """`slots_used`, `memory_claimed_bytes` (with what is kept for wanted replicas), and the `holders`,
-        each with `what` and `memory_bytes`."""
-        attempts = self.active(name)
-        replicas = self._replicas() if name == LOCAL else ()
-        holders: list[AttemptRecord | ReplicaRecord] = [*attempts, *replicas]
+    def holdings(self) -> dict[str, object]:
+        """Of this machine: `slots_used`, `memory_claimed_bytes` (with what is kept for wanted replicas),
+        and the `holders`, each with `what` and `memory_bytes`."""
+        attempts = self.active()
+        holders: list[AttemptRecord | ReplicaRecord] = [*attempts, *self._replicas()]
         return {
             "slots_used": len(attempts),
-            "memory_claimed_bytes": sum(one.memory_bytes for one in attempts) + self._kept_for_serving(name),
+            "memory_claimed_bytes": sum(one.memory_bytes for one in attempts) + self._kept_for_serving(),
             "holders": [
                 {"what": f"{one.kind} {one.key}", "memory_bytes": one.memory_bytes} for one in holders
             ],
@@ -164,10 +234,8 @@ class Computes:
         alive = [state for state in ReplicaState if state not in REPLICA_ENDED]
         return self._store.list(ReplicaRecord, states=alive)
 
-    def _kept_for_serving(self, name: str) -> int:
+    def _kept_for_serving(self) -> int:
         """Bytes that replicas hold, and that wanted ones still lack."""
-        if name != LOCAL:
-            return 0
         held: dict[str, int] = {}
         for replica in self._replicas():
             held[replica.parent] = held.get(replica.parent, 0) + replica.memory_bytes
@@ -181,13 +249,11 @@ class Computes:
     # ------------------------------------------------------------ the queue
 
     def queue(self, name: str | None = None) -> Sequence[Waiting]:
-        """What waits, per compute in the order in which it starts, with an estimate from what is known of
-        earlier steps."""
-        found: list[Waiting] = []
-        for compute in self.list():
-            if name in (None, compute.name):
-                found.extend(self._queue(compute))
-        return found
+        """What waits, in the order in which it starts, with an estimate from what is known of earlier steps.
+        Of a cluster only its own, with their places in the one line; of this machine all."""
+        machine = self._store.find(Compute, LOCAL)
+        found = [] if machine is None else list(self._queue(machine))
+        return [one for one in found if name in (None, LOCAL, one.compute)]
 
     def places(self, record: JobRecord) -> dict[str, Waiting]:
         """Where the steps of one job stand that wait for their compute, by step."""
@@ -200,30 +266,29 @@ class Computes:
     def _queue(self, compute: Compute) -> Iterable[Waiting]:
         now, typical, since = self._clock.now(), _Durations(self._store), 0.0
         held = [
-            (_or_unknown(typical.remaining(holder, now)), holder.memory_bytes)
-            for holder in self.active(compute.name)
+            (_or_unknown(typical.remaining(holder, now)), holder.memory_bytes) for holder in self.active()
         ]
-        for position, (record, step, reason) in enumerate(self._in_line(compute), start=1):
+        for position, (record, step, reason) in enumerate(self._in_line(), start=1):
             starts = _UNKNOWN
             if self.may_ever_fit(compute.name, step.memory_bytes):
-                serving = self._kept_for_serving(compute.name)
+                serving = self._kept_for_serving()
                 starts = since = _earliest(compute, serving, held, since, step.memory_bytes)
                 held.append((starts + _or_unknown(typical.of(record.job, step.name)), step.memory_bytes))
             yield Waiting(
                 job=record.key,
                 step=step.name,
-                compute=compute.name,
+                compute=step.compute,
                 priority=record.priority,
                 position=position,
                 reason=reason,
                 expected_seconds=None if starts == _UNKNOWN else starts,
             )
 
-    def _in_line(self, compute: Compute) -> Iterable[tuple[JobRecord, Step, str | None]]:
+    def _in_line(self) -> Iterable[tuple[JobRecord, Step, str | None]]:
         for record in in_order(self._store.list(JobRecord, states=WAITING)):
             steps = {step.step: step for step in self._store.list(StepRecord, parent=record.key)}
             for step in record.job.steps:
-                if step.compute == compute.name and is_waiting(record.job, step, steps):
+                if is_waiting(record.job, step, steps):
                     yield record, step, steps[step.name].reason
 
 

@@ -13,6 +13,7 @@ import tuneloop
 from tests.unit.cli.fake_api import TOKEN, FakeApi, application, served
 from tuneloop.cli import live, root, session
 from tuneloop.client import Client
+from tuneloop.core.settings import Settings
 
 
 @dataclass
@@ -34,6 +35,10 @@ class FakeDaemon:
 
     def find(self, settings: object) -> SimpleNamespace | None:
         return self.server if self.is_up else None
+
+    def prepare_home(self, settings: Settings) -> Path:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        return settings.home
 
     def ensure(self, settings: object) -> SimpleNamespace:
         self.starts += 1

@@ -179,6 +179,7 @@ class FakeApi:
         self.submitted = job(state="queued")
         self.models: list[ModelRecord] = []
         self.endpoints: dict[str, dict[str, Any]] = {}
+        self.computes: dict[str, dict[str, Any]] = {"local": dict(COMPUTE)}
         self.files = {"evaluation.json": json.dumps(EVALUATION).encode(), "deep/er/report.md": b"# report"}
         self.errors: dict[tuple[str, str], TuneloopError] = {}
         self.metrics: list[dict[str, Any]] = []
@@ -294,13 +295,28 @@ def application(api: FakeApi) -> Starlette:
             "status": lambda: answer(status()),
             "shutdown": lambda: answer(api.on_shutdown()),
             "cards": lambda: cards(request, rest),
+            "datasets": lambda: answer(DATASET if rest or request.method == "POST" else [DATASET]),
             "recipes": lambda: answer({k: api.submitted[k] for k in RESOLUTION}),
             "jobs": lambda: jobs(request, rest),
             "models": lambda: models(request, rest, sent),
             "endpoints": lambda: endpoints(request, rest, sent),
-            "computes": lambda: answer(COMPUTE if rest else [COMPUTE]),
+            "computes": lambda: computes(request, rest, sent),
         }[noun]
         return handler()
+
+    def computes(request: Request, rest: list[str], sent: Any) -> Response:
+        if request.method == "POST":
+            cluster = {"type": "cluster", "queue": [], "holders": [], **sent}
+            api.computes[sent["name"]] = COMPUTE | cluster
+            return answer(api.computes[sent["name"]], 201)
+        if not rest:
+            return answer(list(api.computes.values()))
+        if rest[0] not in api.computes:
+            raise NotFound(f"There is no compute {rest[0]!r}.")
+        if request.method == "DELETE":
+            del api.computes[rest[0]]
+            return Response(status_code=204)
+        return answer(api.computes[rest[0]])
 
     def status() -> dict[str, Any]:
         return {
@@ -418,6 +434,28 @@ def application(api: FakeApi) -> Starlette:
     )
 
 
+DATASET = {
+    "created_at": AT,
+    "name": "support",
+    "dataset_version": "0123456789ab",
+    "artifact": "sha256:0123456789ab",
+    "source_path": "/d/support.jsonl",
+    "rows": 2,
+    "bad_rows": 1,
+    "columns": ["messages"],
+    "format": "jsonl",
+    "license": "CC-BY-4.0",
+    "statistics": {
+        "rows": 1,
+        "messages": 2,
+        "characters": 30,
+        "learned_characters": 20,
+        "messages_by_role": {"system": 0, "user": 1, "assistant": 1},
+        "most_messages": 2,
+        "most_characters": 30,
+        "columns": {"messages": "list"},
+    },
+}
 COMPUTE = {
     "name": "local",
     "type": "local",
@@ -425,6 +463,10 @@ COMPUTE = {
     "slots_used": 1,
     "cores": 2,
     "gpus": 0,
+    "devices": [],
+    "limited_by": [],
+    "max_instances": 1,
+    "provisioning_state": "succeeded",
     "memory_bytes": 8_000_000_000,
     "memory_claimed_bytes": 1_000_000_000,
     "holders": [{"what": "step j/finetune", "memory_bytes": 1_000_000_000}],

@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 
 from tests.unit.cli.conftest import Ran
 from tests.unit.cli.fake_api import FakeApi, job, line, model, page
-from tuneloop.cli import checks, root, schemas, session
+from tuneloop.cli import checks, looks, root, schemas, session
 from tuneloop.cli.checks import machine
+from tuneloop.core.errors import ModelUnavailable
 
 ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 CARD = "tuneloop cares for its own reading of a card\n"
@@ -61,6 +62,11 @@ COMMANDS: dict[str, list[str]] = {
     "jobs priority": ["j", "high"],
     "compute list": [],
     "compute show": ["local"],
+    "compute create": ["big", "--size", "STANDARD_NC24ADS_A100_V4"],
+    "compute delete": ["local"],
+    "compute sizes": [],
+    "plan": ["demo", "--no-probe"],
+    "plan --recommend": ["demo"],
     "jobs cancel": ["j"],
     "jobs retry": ["j"],
     "jobs outputs": ["j"],
@@ -86,6 +92,16 @@ COMMANDS: dict[str, list[str]] = {
     "deployments logs": ["tuned", "--endpoint", "demo"],
     "deployments delete": ["tuned", "--endpoint", "demo"],
     "chat --message": ["hi", "demo"],
+    "data check": ["DATA"],
+    "data stats": ["DATA"],
+    "data show": ["DATA"],
+    "data list": [],
+    "data register": ["DATA"],
+    "data describe": ["support"],
+    "data download": ["DATA", "--to", "NEW"],
+    "data download-script": ["--to", "NEW"],
+    "data convert": ["DATA", "--to", "NEW"],
+    "data split": ["DATA", "--to", "FOLDER", "--validation", "0", "--test", "0"],
     "init": ["--data", "DATA", "--output", "NEW"],
     "up": [],
     "down": [],
@@ -110,6 +126,11 @@ def _full(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     api.pid = 2**22 + 1
     monkeypatch.setattr(machine, "check_torch", lambda: checks.Check("torch", "ok", "2 threads"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def nothing(model: str) -> Path:
+        raise ModelUnavailable(f"the tokenizer of {model} is not fetched in a test")
+
+    monkeypatch.setattr(looks, "tokenizer", nothing)
 
 
 @pytest.mark.usefixtures("_full")

@@ -12,7 +12,7 @@ import pytest
 from tuneloop.cli import looks
 from tuneloop.core.errors import DataError, NotFound, StepFailed
 
-STEP = '''
+STEP = """
 import json, os, signal, time
 from pathlib import Path
 from tuneloop.core.errors import DataError
@@ -32,7 +32,7 @@ def run(context):
     if asked.get("how") == "slowly":
         time.sleep(0.5)
     context.output("answer").write_text(json.dumps({"bytes": context.inputs["data"].stat().st_size}))
-'''
+"""
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from pathlib import PurePosixPath
 
 from pydantic import JsonValue
 
-from tuneloop.core.fit import step_memory_bytes
+from tuneloop.core.fit import finetune_memory_bytes, rows_expected, step_memory_bytes
+from tuneloop.core.plan import Rows
 from tuneloop.core.recipe.key import differing
 from tuneloop.core.recipe.parameters import ImportedCard, ModelImportParameters
 from tuneloop.core.recipe.resolve import Resolved
@@ -100,15 +101,19 @@ def compile_job(
     force_rerun: bool = False,
     priority: Priority | None = None,
     gpus_per_node: int | None = None,
+    rows: Rows | None = None,
+    gpus: int = 0,
 ) -> Job:
-    """`inputs`: role (train, validation, test, questions) to artifact; `dataset_names`: role to dataset."""
+    """`inputs`: role (train, validation, test, questions) to artifact; `dataset_names`: role to dataset.
+    `rows` are the expected lengths of the training rows (left out: the longest that are let in); `gpus` are
+    this machine's. Both decide what the finetune step claims."""
     recipe = resolved.recipe
     text = dump_resolved(resolved)
     return Job(
         name=name,
         display_name=display_name(resolved, gpus_per_node=gpus_per_node),
         experiment=experiment or recipe.experiment,
-        steps=tuple(_sized(step, resolved, card) for step in _steps(resolved, card, inputs)),
+        steps=tuple(_sized(step, resolved, card, rows, gpus) for step in _steps(resolved, card, inputs)),
         outputs=_outputs(resolved),
         settings=JobSettings(
             force_rerun=force_rerun or recipe.settings.force_rerun,
@@ -126,10 +131,13 @@ def compile_job(
     )
 
 
-def _sized(step: Step, resolved: Resolved, card: Card) -> Step:
+def _sized(step: Step, resolved: Resolved, card: Card, rows: Rows | None, gpus: int) -> Step:
     """With the memory that it is expected to take."""
-    lora = resolved.finetune.apply_lora
-    expected = step_memory_bytes(step.kind, card.parameters, apply_lora=lora)
+    if step.kind == "finetune":
+        known = rows or rows_expected(None, resolved.preprocess.max_seq_length, card)
+        expected = finetune_memory_bytes(card, resolved.finetune.model_dump(), known, gpus=gpus)
+    else:
+        expected = step_memory_bytes(step.kind, card.parameters)
     return step.model_copy(update={"memory_bytes": expected})
 
 
@@ -179,15 +187,8 @@ def _steps(resolved: Resolved, card: Card, inputs: Mapping[str, ArtifactInput]) 
 
 
 def _model_import(resolved: Resolved, card: Card) -> Step:
-    source, *others = card.sources
     parameters = ModelImportParameters(
-        card=ImportedCard(
-            name=card.name,
-            version=card.version,
-            source=source,
-            fallbacks=tuple(others),
-            remote_code=card.remote_code,
-        ),
+        card=ImportedCard.of(card),
         trust_remote_code=resolved.model_import.trust_remote_code,
     )
     return Step(
@@ -197,7 +198,7 @@ def _model_import(resolved: Resolved, card: Card) -> Step:
         outputs={"model": "model_folder"},
         compute=resolved.recipe.compute.model_import,
         # What may have changed is read again; the steps after it are reused when it has not.
-        deterministic=is_reproducible(source),
+        deterministic=is_reproducible(card.sources[0]),
     )
 
 

@@ -14,7 +14,7 @@ from tuneloop.core.types import Step, StepKind
 
 STEP_VERSIONS: Mapping[StepKind, int] = {
     "model_import": 2,
-    "preprocess": 1,
+    "preprocess": 2,
     "finetune": 1,
     "export": 1,
     "evaluate": 1,

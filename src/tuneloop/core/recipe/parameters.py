@@ -27,7 +27,7 @@ from tuneloop.core.recipe.values import (
     Precision,
     ZeroStage,
 )
-from tuneloop.core.types import CardSource, Noun, StepKind
+from tuneloop.core.types import Card, CardSource, Noun, StepKind
 
 
 class ImportedCard(Noun):
@@ -39,6 +39,17 @@ class ImportedCard(Noun):
     fallbacks: tuple[CardSource, ...] = ()
     """The card's other sources, in order."""
     remote_code: bool = False
+
+    @classmethod
+    def of(cls, card: Card) -> ImportedCard:
+        source, *others = card.sources
+        return cls(
+            name=card.name,
+            version=card.version,
+            source=source,
+            fallbacks=tuple(others),
+            remote_code=card.remote_code,
+        )
 
     @field_serializer("source")
     def _short(self, source: CardSource) -> dict[str, JsonValue]:
@@ -66,7 +77,32 @@ class PreprocessParameters(Parameters):
     batch_size: Count = Field(default=1000, description="Rows tokenised at a time; not the training batch.")
     pad_to_max_length: Flag = Field(default=False, description="Pad every row to max_seq_length.")
     max_seq_length: Length = Field(
-        default=-1, description="Longest row in tokens; longer rows are cut. -1: the model's maximum."
+        default=-1, description="Longest row in tokens; see `long_rows`. -1: the model's maximum."
+    )
+    long_rows: Literal["error", "drop", "keep_last_turns", "split_turns", "cut"] = Field(
+        default="error",
+        description=(
+            "Tuneloop: what becomes of longer rows. error: the step fails and lists them. drop: left out. "
+            "keep_last_turns: as many of the last turns as fit, after the system message. split_turns: "
+            "consecutive conversations of as many turns as fit, each after the system message. cut: "
+            "the first max_seq_length tokens, as the component does."
+        ),
+    )
+    messages_column: Annotated[str, Field(min_length=1)] = Field(
+        default="messages", description="Tuneloop: the column that holds the conversation."
+    )
+    bad_rows: CountOrZero = Field(
+        default=0, description="Tuneloop: so many rows that cannot be learned from are dropped, and told."
+    )
+    split: Literal["shuffled", "contiguous"] = Field(
+        default="shuffled",
+        description=(
+            "Tuneloop: how splits without a file are carved from train. shuffled: by a seed, rows with the "
+            "same opening line together. contiguous: the last rows in file order, as the component does."
+        ),
+    )
+    split_seed: Annotated[Integer, Field(ge=0, lt=2**32)] = Field(
+        default=42, description="Tuneloop: seed of the shuffled split."
     )
 
 

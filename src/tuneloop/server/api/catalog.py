@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tuneloop.core.types import Card
 from tuneloop.server.api import fields, views
 from tuneloop.server.parts import Parts
+from tuneloop.workspace.compute import MOST_INSTANCES
 
 
 class CardText(BaseModel):
@@ -22,6 +23,14 @@ class CardText(BaseModel):
 class CardFolder(BaseModel):
     model_config = ConfigDict(extra="forbid")
     folder: fields.Folder
+
+
+class NewCompute(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: fields.NewName
+    size: Annotated[str, Field(max_length=100)]
+    """Of Azure; case does not matter."""
+    max_instances: Annotated[int, Field(ge=1, le=MOST_INSTANCES)] = 1
 
 
 def routes(parts: Parts) -> APIRouter:
@@ -50,5 +59,14 @@ def routes(parts: Parts) -> APIRouter:
     @router.get("/computes/{name}")
     def get_compute(name: fields.Name) -> dict[str, Any]:
         return views.compute(parts, parts.computes.get(name))
+
+    @router.post("/computes", status_code=201)
+    def create_compute(made: NewCompute) -> dict[str, Any]:
+        compute = parts.computes.create(made.name, size=made.size, max_instances=made.max_instances)
+        return views.compute(parts, compute)
+
+    @router.delete("/computes/{name}", status_code=204)
+    def delete_compute(name: fields.Name) -> None:
+        parts.computes.delete(name)
 
     return router

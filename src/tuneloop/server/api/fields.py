@@ -45,15 +45,15 @@ Shown = Annotated[str, Field(max_length=1000)]
 """What mistakes call a file."""
 
 
-def folder(written: str) -> FilePath:
+def folder(written: str, what: str = "folder") -> FilePath:
     """An absolute path that can be looked at, whether something is there or not. Raises `UsageError`."""
     path = FilePath(written)
     if not path.is_absolute():
-        raise UsageError(f"folder is {written!r}; expected an absolute path.")
+        raise UsageError(f"{what} is {written!r}; expected an absolute path.")
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as broken:
-        raise UsageError(f"The folder {written[:200]} cannot be looked at: {broken.strerror}.") from None
+        raise UsageError(f"The {what} {written[:200]} cannot be looked at: {broken.strerror}.") from None
     return path

@@ -106,7 +106,7 @@ def compute(parts: Parts, record: Compute) -> dict[str, Any]:
     """With who holds it and who waits for it."""
     return {
         **dump(record),
-        **parts.computes.holdings(record.name),
+        **parts.computes.holdings(),
         "queue": [asdict(waiting) for waiting in parts.computes.queue(record.name)],
     }
 

@@ -64,13 +64,13 @@ class Pipelines:
         self._computes = computes
         self._home_id = home_id
         self._limits = limits
-        self._held_for: dict[str, str] = {}
-        """Compute to the step that is next there and waits for memory, in this round."""
+        self._held_for: str | None = None
+        """The step that is next and waits for memory, in this round."""
         self._stopper = Stopper(executor, clock, limits.stop_grace_seconds)
 
     def tick(self) -> None:
         """Higher priority first, then who came first: so slots and memory go to them."""
-        self._held_for.clear()
+        self._held_for = None
         # All that ended is seen before anything starts: or what a job gives back in the middle of a round
         # would go to whoever stands behind it in the order.
         for part in (self._observe_job, self._advance_job):
@@ -190,13 +190,13 @@ class Pipelines:
     def _why_not_yet(self, record: JobRecord, step: Step) -> str | None:
         """A step that waits for memory is not overtaken by smaller ones behind it, or it might wait for ever;
         unless endpoints hold what it needs, and no step's end will help."""
-        if step.compute in self._held_for:
-            return f"waits for its turn on compute '{step.compute}': {self._held_for[step.compute]} is ahead"
+        if self._held_for is not None:
+            return f"waits for its turn on compute '{step.compute}': {self._held_for} is ahead"
         full = self._computes.why_full(step.compute, step.memory_bytes)
         if full is None or not self._computes.has_free_slot(step.compute):
             return full
         if self._computes.may_ever_fit(step.compute, step.memory_bytes):
-            self._held_for[step.compute] = f"{record.key}/{step.name}"
+            self._held_for = f"{record.key}/{step.name}"
             return full
         return f"{full}; endpoints will not end by themselves: tuneloop deployments delete"
 
