@@ -18,29 +18,45 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-_BLANK = "\u2581"
-_WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+BLANK = "\u2581"
+WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 """What Rust's `char::is_whitespace` holds for white space: the Unicode property White_Space."""
-_BLANKS_BEFORE = re.compile(f"[{_WHITE_SPACE}]*\\Z")
-_BLANKS_AFTER = re.compile(f"[{_WHITE_SPACE}]*")
+_BLANKS_BEFORE = re.compile(f"[{WHITE_SPACE}]*\\Z")
+_BLANKS_AFTER = re.compile(f"[{WHITE_SPACE}]*")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _IMPOSSIBLE = 1 << 40
 """Bytes of a token whose length cannot be told: no sum that holds it meets a text."""
 
 
 @dataclass(frozen=True)
-class _Added:
+class Added:
+    """A token that is looked for in the text before anything else."""
+
     number: int
     eats_before: bool
+    """It takes the white space before it along."""
     eats_after: bool
+
+    @classmethod
+    def of(cls, tokens: Sequence[Mapping[str, Any]]) -> dict[str, Added]:
+        """By their text."""
+        return {each["content"]: cls(each["id"], each["lstrip"], each["rstrip"]) for each in tokens}
+
+    @staticmethod
+    def without_start(text: str) -> str:
+        return text[_BLANKS_AFTER.match(text).end() :]  # type: ignore[union-attr]
+
+    @staticmethod
+    def without_end(text: str) -> str:
+        return text[: _BLANKS_BEFORE.search(text).start()]  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
-class _Prepend:
+class Prepend:
     """Where a space is put before a piece of text that stands between two added tokens."""
 
     only_first: bool = False
@@ -49,7 +65,7 @@ class _Prepend:
     def applies(self, piece: str, is_first: bool) -> bool:
         if not piece or (self.only_first and not is_first):
             return False
-        return not (self.unless_there and piece[0] in (" ", _BLANK))
+        return not (self.unless_there and piece[0] in (" ", BLANK))
 
 
 class Spans:
@@ -58,8 +74,8 @@ class Spans:
     def __init__(
         self,
         lengths: np.ndarray,
-        added: Mapping[str, _Added],
-        prepend: _Prepend | None,
+        added: Mapping[str, Added],
+        prepend: Prepend | None,
         *,
         trims: bool,
         normalises: bool,
@@ -80,21 +96,14 @@ class Spans:
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Spans | None:
         """Of a tokenizer as its JSON describes it; None for a kind that is not known."""
-        model = described["model"]
-        known = model.get("type") == "BPE" and not model.get("dropout")
-        affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-        tokens = described.get("added_tokens") or []
-        if not known or affixes or any(each.get("single_word") for each in tokens):
-            return None
-        normaliser, before = _parts(described, "normalizer"), _parts(described, "pre_tokenizer")
-        kind = _byte_level(normaliser, before) or _with_blanks(normaliser, before)
+        kind = kind_of(described)
         if kind is None:
             return None
-        is_byte_level, prepend, normalises = kind
-        lengths = _lengths(model, tokens, is_byte_level)
-        added = {each["content"]: _Added(each["id"], each["lstrip"], each["rstrip"]) for each in tokens}
+        tokens = described.get("added_tokens") or []
+        lengths = _lengths(described["model"], tokens, kind.is_byte_level)
+        added = Added.of(tokens)
         trims = any(each.get("trim_offsets") for each in _parts(described, "post_processor"))
-        return cls(lengths, added, prepend, trims=trims, normalises=normalises)
+        return cls(lengths, added, kind.prepend, trims=trims, normalises=kind.normalises)
 
     def mask(self, ids: np.ndarray, text: str, learned: Sequence[tuple[int, int]]) -> np.ndarray | None:
         """(T,) booleans for the T tokens of `text`, or None where the sums do not tell."""
@@ -216,11 +225,30 @@ def _flat(part: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
 _SPLITTERS = ("Split", "Digits", "Punctuation", "ByteLevel")
 """Pre-tokenizers that take text apart and change nothing; one that is told to drop some fails in the sums."""
 
-_Kind = tuple[bool, _Prepend | None, bool]
-"""(whether characters of tokens are bytes, the space put in, whether text is brought to NFC)"""
+
+class Kind(NamedTuple):
+    is_byte_level: bool
+    """Characters of tokens are bytes; else they are characters, and blanks are U+2581."""
+    prepend: Prepend | None
+    normalises: bool
+    """Text is brought to NFC."""
+    before: tuple[Mapping[str, Any], ...]
+    """The pre-tokenizers."""
 
 
-def _byte_level(normaliser: list[dict[str, Any]], before: list[dict[str, Any]]) -> _Kind | None:
+def kind_of(described: Mapping[str, Any]) -> Kind | None:
+    """Of a tokenizer as its JSON describes it; None for a kind that is not known."""
+    model = described["model"]
+    is_known = model.get("type") == "BPE" and not model.get("dropout")
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    tokens = described.get("added_tokens") or []
+    if not is_known or affixes or any(each.get("single_word") for each in tokens):
+        return None
+    normaliser, before = _parts(described, "normalizer"), _parts(described, "pre_tokenizer")
+    return _byte_level(normaliser, before) or _with_blanks(normaliser, before)
+
+
+def _byte_level(normaliser: list[dict[str, Any]], before: list[dict[str, Any]]) -> Kind | None:
     levels = [each for each in before if each["type"] == "ByteLevel"]
     if not levels or levels[0].get("add_prefix_space") or len(levels) > 1:
         return None
@@ -228,25 +256,26 @@ def _byte_level(normaliser: list[dict[str, Any]], before: list[dict[str, Any]]) 
         return None
     if any(each["type"] != "NFC" for each in normaliser):
         return None
-    return True, None, bool(normaliser)
+    return Kind(True, None, bool(normaliser), tuple(before))
 
 
-def _with_blanks(normaliser: list[dict[str, Any]], before: list[dict[str, Any]]) -> _Kind | None:
+def _with_blanks(normaliser: list[dict[str, Any]], before: list[dict[str, Any]]) -> Kind | None:
     prepend = None
-    if normaliser and normaliser[0] == {"type": "Prepend", "prepend": _BLANK}:
-        prepend, normaliser = _Prepend(), normaliser[1:]
+    if normaliser and normaliser[0] == {"type": "Prepend", "prepend": BLANK}:
+        prepend, normaliser = Prepend(), normaliser[1:]
     if normaliser == [_TO_BLANK]:
-        return None if any(each["type"] != "Split" for each in before) else (False, prepend, False)
+        is_whole = all(each["type"] == "Split" for each in before)
+        return Kind(False, prepend, False, tuple(before)) if is_whole else None
     if normaliser or prepend or [each["type"] for each in before] != ["Metaspace"]:
         return None
     scheme = before[0].get("prepend_scheme")
-    if before[0].get("replacement") != _BLANK or scheme not in ("always", "first", "never"):
+    if before[0].get("replacement") != BLANK or scheme not in ("always", "first", "never"):
         return None
-    return False, _SCHEMES[scheme], False
+    return Kind(False, _SCHEMES[scheme], False, tuple(before))
 
 
-_TO_BLANK = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
-_SCHEMES = {"always": _Prepend(unless_there=True), "first": _Prepend(True, True), "never": None}
+_TO_BLANK = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+_SCHEMES = {"always": Prepend(unless_there=True), "first": Prepend(True, True), "never": None}
 
 
 def _lengths(model: Mapping[str, Any], added: list[dict[str, Any]], is_byte_level: bool) -> np.ndarray:
@@ -261,7 +290,7 @@ def _lengths(model: Mapping[str, Any], added: list[dict[str, Any]], is_byte_leve
         elif has_bytes and _BYTE_TOKEN.fullmatch(text):
             lengths[number] = 1
         else:
-            lengths[number] = len(text.replace(_BLANK, " ").encode())
+            lengths[number] = len(text.replace(BLANK, " ").encode())
     for each in added:
         lengths[each["id"]] = len(each["content"].encode())
     unknown = vocabulary.get(model.get("unk_token") or "")

@@ -20,6 +20,7 @@ from tuneloop.tokens.backend import Backend, load_backend
 from tuneloop.tokens.folders import load_template, resolve_folders
 from tuneloop.tokens.lengths import POLICIES, LongRows, Loss, Turns, first_turns, last_turns
 from tuneloop.tokens.spans import Spans
+from tuneloop.tokens.units import Units
 
 
 class Tokens(NamedTuple):
@@ -103,6 +104,10 @@ class Tokenize:
     def _spans(self) -> Spans | None:
         return Spans.of(json.loads(self._backend.described))
 
+    @cached_property
+    def _units(self) -> Units | None:
+        return Units.of(json.loads(self._backend.described), self._rust)
+
     def __getstate__(self) -> tuple[Any, ...]:
         return self._backend, self.template, self.max_seq_length, self.long_rows
 
@@ -179,16 +184,20 @@ class Tokenize:
     def _tokens(self, rendered: Sequence[Rendered]) -> list[Tokens]:
         if self._spans is None:
             return self._by_offsets(rendered)
-        encodings = self._rust.encode_batch_fast([each.text for each in rendered], add_special_tokens=False)
         found: list[Tokens | None] = []
-        for encoding, each in zip(encodings, rendered, strict=True):
-            ids = np.array(encoding.ids, dtype=np.int32)
+        for ids, each in zip(self._ids([each.text for each in rendered]), rendered, strict=True):
             mask = self._spans.mask(ids, each.text, each.learned)
             found.append(None if mask is None else Tokens(ids, mask))
         rest = iter(
             self._by_offsets([each for each, one in zip(rendered, found, strict=True) if one is None])
         )
         return [next(rest) if each is None else each for each in found]
+
+    def _ids(self, texts: list[str]) -> list[np.ndarray]:
+        if self._units is not None:
+            return self._units.encode(texts)
+        encodings = self._rust.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _by_offsets(self, rendered: Sequence[Rendered]) -> list[Tokens]:
         """The definition: where the tokenizer itself says that each token stands."""
