@@ -404,3 +404,12 @@ def test_parameters_are_counted_from_the_headers_of_safetensors(tmp_path: Path) 
     (tmp_path / "data" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 20)
     assert count_parameters(tmp_path) == 17
+
+
+def test_preprocess_is_expected_to_take_more_where_more_cores_work_at_it() -> None:
+    two, many = (
+        step_memory_bytes("preprocess", 10**9, cores=2),
+        step_memory_bytes("preprocess", 10**9, cores=16),
+    )
+    assert two == step_memory_bytes("preprocess", 10**9)
+    assert many - two == 14 * 200_000_000

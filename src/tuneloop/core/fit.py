@@ -21,13 +21,18 @@ PROCESS_BYTES = 500_000_000
 WEIGHT_BYTES = 4
 """Everything is computed in 32 bits on a CPU."""
 
+WORKER_BYTES = 200_000_000
+"""A process that tokenises, with its memory of words; two of them and their parent fit in PROCESS_BYTES."""
+
 _COPIES = {"model_import": 1.3, "preprocess": 0.0, "export": 1.3, "evaluate": 1.3}
 _REPLICA_COPIES = 1.1
 
 
-def step_memory_bytes(kind: StepKind, parameters: int) -> int:
-    """What a step other than finetune on a model of so many `parameters` is expected to take at its peak."""
-    return PROCESS_BYTES + int(_COPIES[kind] * WEIGHT_BYTES * parameters)
+def step_memory_bytes(kind: StepKind, parameters: int, cores: int = 1) -> int:
+    """What a step other than finetune on a model of so many `parameters` is expected to take at its peak;
+    preprocess has a process for each of the machine's `cores`."""
+    workers = WORKER_BYTES * max(0, cores - 2) if kind == "preprocess" else 0
+    return PROCESS_BYTES + workers + int(_COPIES[kind] * WEIGHT_BYTES * parameters)
 
 
 def finetune_memory_bytes(card: Card, finetune: Mapping[str, Any], rows: Rows, *, gpus: int = 0) -> int:

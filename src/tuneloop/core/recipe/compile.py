@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from pydantic import JsonValue
 
 from tuneloop.core.fit import finetune_memory_bytes, rows_expected, step_memory_bytes
+from tuneloop.core.machine import this_machine
 from tuneloop.core.plan import Rows
 from tuneloop.core.recipe.key import differing
 from tuneloop.core.recipe.parameters import ImportedCard, ModelImportParameters
@@ -137,7 +138,7 @@ def _sized(step: Step, resolved: Resolved, card: Card, rows: Rows | None, gpus: 
         known = rows or rows_expected(None, resolved.preprocess.max_seq_length, card)
         expected = finetune_memory_bytes(card, resolved.finetune.model_dump(), known, gpus=gpus)
     else:
-        expected = step_memory_bytes(step.kind, card.parameters)
+        expected = step_memory_bytes(step.kind, card.parameters, this_machine().cores)
     return step.model_copy(update={"memory_bytes": expected})
 
 
