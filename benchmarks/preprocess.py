@@ -14,9 +14,9 @@ Rows have ultrachat's lengths: tokens lognormal with median 1,200 and sigma 0.45
 What is compared, per repeat, in turns: `trl`: `apply_chat_template(return_assistant_tokens_mask=True)` row by
 row through `datasets.map`, as SFTTrainer 1.16 does it, its template carrying generation markers; `bare`:
 `encode_batch_fast` of the rendered texts, 200 at a time; `one` and `two`: the preprocess step on one core and
-on two. CPU seconds are of the work and all its processes, without imports; of `trl` and `bare` without
-loading the tokenizer, of the step with it. Ids and masks of `trl` and `one` are compared on every row, the
-datasets of `one` and `two` byte by byte.
+on two; `check`: `data check` with the tokenizer, on one core. CPU seconds are of the work and all its
+processes, without imports; of `trl` and `bare` without loading the tokenizer, of the steps with it. Ids and
+masks of `trl` and `one` are compared on every row, the datasets of `one` and `two` byte by byte.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, nargs="*")
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--side", choices=("trl", "bare", "step"))
+    parser.add_argument("--side", choices=("trl", "bare", "step", "check"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.side:
-        side = {"trl": side_trl, "bare": side_bare, "step": side_step}[given.side]
+        side = {"trl": side_trl, "bare": side_bare, "step": side_step, "check": side_check}[given.side]
         print(json.dumps(side(given.model, given.data, given.out)))
         return
     print("command:", " ".join([sys.executable, *sys.argv]))
@@ -167,8 +167,23 @@ def side_bare(model: Path, data: Path, out: Path) -> dict[str, float]:
 def side_step(model: Path, data: Path, out: Path) -> dict[str, float]:
     """All of the step but loading the tokenizer: reading, checking, splitting, writing; starting workers
     too."""
+    few = data.with_name("few.jsonl")
+    inputs = {"model": model, "train": data, "validation": few, "test": few}
+    return run_step("preprocess", model, inputs, {"dataset": "dataset_folder"}, out)
+
+
+def side_check(model: Path, data: Path, out: Path) -> dict[str, float]:
+    """`tuneloop data check FILE --model M`, without the command around its process."""
+    inputs = {"tokenizer": model, "data": data}
+    return run_step("check", model, inputs, {"report": "file", "findings": "file"}, out)
+
+
+def run_step(
+    kind: str, model: Path, inputs: dict[str, Path], outputs: dict[str, str], out: Path
+) -> dict[str, float]:
+    import importlib
+
     from tuneloop.core.types import StepFile
-    from tuneloop.steps import preprocess
     from tuneloop.steps.context import StepContext
     from tuneloop.tokens import load_backend
 
@@ -177,27 +192,22 @@ def side_step(model: Path, data: Path, out: Path) -> dict[str, float]:
     load_backend(model, cache)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    inputs = {
-        "model": model,
-        "train": data,
-        "validation": data.with_name("few.jsonl"),
-        "test": data.with_name("few.jsonl"),
-    }
     step = StepFile.model_validate(
         {
-            "attempt": "benchmark/preprocess/1",
+            "attempt": f"benchmark/{kind}/1",
             "attempt_id": "benchmark",
-            "kind": "preprocess",
+            "kind": kind,
             "parameters": {"max_seq_length": MOST_TOKENS},
             "inputs": {
                 name: {"path": str(path), "digest": name, "name": path.name} for name, path in inputs.items()
             },
-            "outputs": {"dataset": "dataset_folder"},
+            "outputs": outputs,
             "cache_folder": str(cache),
         }
     )
     context = StepContext(out, step)
-    figures, _ = timed(lambda: preprocess.run(context))
+    module = importlib.import_module(f"tuneloop.steps.{kind}")
+    figures, _ = timed(lambda: module.run(context))
     context.close()
     return figures
 
@@ -234,7 +244,7 @@ def compare_speed(given: argparse.Namespace, work: Path) -> None:
     write_rows(data, given.rows, given.text)
     with open(data, encoding="utf-8") as file:
         (work / "few.jsonl").write_text("".join(next(file) for _ in range(2)), encoding="utf-8")
-    sides: dict[str, tuple[str, int]] = {"bare": ("bare", 1), "one": ("step", 1), "two": ("step", 2)}
+    sides = {"bare": ("bare", 1), "one": ("step", 1), "two": ("step", 2), "check": ("check", 1)}
     if given.peer:
         sides = {"trl": ("trl", 1), **sides}
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
@@ -255,6 +265,7 @@ def compare_speed(given: argparse.Namespace, work: Path) -> None:
         print("rows with equal ids and masks:", same_tokens(dataset / "train", work / "trl" / "trl.parquet"))
         said("TRL's CPU seconds by one core's", figures["trl"], figures["one"], "cpu")
     said("one core's CPU seconds by bare encode_batch_fast's", figures["one"], figures["bare"], "cpu")
+    said("data check's CPU seconds by one core's", figures["check"], figures["one"], "cpu")
     said("one core's seconds by two cores'", figures["one"], figures["two"], "wall")
 
 
