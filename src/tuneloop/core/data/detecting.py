@@ -85,10 +85,15 @@ def _kind(mode: int) -> str:
 
 
 def look_at(path: Path, shown: str) -> Look:
-    """Raises `Unsupported` and `DataError`."""
+    """Raises `UsageError` for what cannot be read, `Unsupported` and `DataError`."""
     suffix = _suffix(path) or _suffix(Path(shown.removeprefix("samples:")))
-    with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as broken:
+        raise UsageError(
+            f"{shown} cannot be read (looked at {path}): {broken.strerror}.", next_move="Name another file."
+        ) from None
     compression = None
     if head.startswith(b"\x1f\x8b"):
         head, compression = _unzipped(head), "gzip"
