@@ -28,8 +28,8 @@ from tokenizers import Tokenizer
 
 from tuneloop.tokens.spans import BLANK, WHITE_SPACE, Added, Kind, kind_of
 
-MOST_CHARACTERS = 8_000_000
-"""Of all words that are remembered, some 100 MB; then it begins anew."""
+MOST_CHARACTERS = 2_000_000
+"""Of all words that are remembered, some 30 MB; then it begins anew."""
 
 _Words = dict[str, tuple[int, ...]]
 _Piece = tuple[bool, list[str]]
