@@ -98,5 +98,6 @@ def _tell(place: Path, files: proposal.Files) -> None:
     output.say(
         f"Wrote {place}, for {files.train.rows:,} conversations; each choice has its reason beside it."
     )
-    output.say(f"  check it:  {session.program()} run {place} --dry-run")
-    output.say(f"  run it:    {session.program()} run {place}")
+    output.say(f"  check it:       {session.program()} run {place} --dry-run")
+    output.say(f"  what it takes:  {session.program()} plan {place}")
+    output.say(f"  run it:         {session.program()} run {place}")

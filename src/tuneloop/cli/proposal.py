@@ -225,16 +225,16 @@ def _shared(role: str, look: Look, train: Look) -> Iterator[str]:
 
 
 def _splits(files: Files) -> Iterator[str]:
-    """Which rows are taken out of train, in the component's way."""
+    """Which rows are taken out of train."""
     missing = [role for role in ("validation", "test") if getattr(files, role) is None]
     if not missing:
         return
     halves = "half each, " if len(missing) == 2 else ""
     taken = "are not given" if len(missing) == 2 else "is not given"
     yield from _comment(
-        f"{' and '.join(missing)} {taken}: the last fifth of train ({files.train.rows // 5:,} rows) is "
-        f"taken, {halves}in the order of the file, and not learned from. A sorted file gives a biased split; "
-        "shuffle it first (shuf), or name files of your own."
+        f"{' and '.join(missing)} {taken}: about a fifth of train ({files.train.rows // 5:,} rows) is taken, "
+        f"{halves}and not learned from: chance chooses, with preprocess.split_seed, and rows with the same "
+        "opening line stay together. Or name files of your own."
     )
 
 

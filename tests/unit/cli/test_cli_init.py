@@ -137,9 +137,9 @@ def test_the_learning_rate_stays_within_what_is_advised(tmp_path: Path) -> None:
 def test_splits_that_are_not_given_are_explained(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", rows(100))
     alone, _ = proposed(train)
-    assert "validation and test are not given: the last fifth of train (20 rows)" in alone
+    assert "validation and test are not given: about a fifth of train (20 rows)" in alone
     with_test, parsed = proposed(train, test=write(tmp_path / "b.jsonl", rows(3)))
-    assert "validation is not given: the last fifth of train (20 rows)" in with_test
+    assert "validation is not given: about a fifth of train (20 rows)" in with_test
     assert "Mind: 3 conversations of test are in train as well" in with_test.replace("\n#   ", " ")
     assert parsed.data.test == "b.jsonl"
 
