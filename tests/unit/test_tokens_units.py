@@ -19,6 +19,8 @@ _SENTENCES = [
     "A recipe holds the base model, the data and every number of a run. It's 2026! We'LL see (b) x=1",
     "Größe und Maß, naïve café, 日本語 текст 🙂 e\u0301  two  spaces   three",
     "    indented\n\n\ncode\t= 12 + 3.4 \n \r\n next/line\n/ /a \t b",
+    # Tokens of several kinds of white space, which a cut between them would miss.
+    "x\u3000 \n\u3000 \n\u3000 \n x\xa0 \n\xa0 \n\xa0 \n x\x85 \n\x85 \n",
 ] * 8
 
 _PIECES = [
@@ -153,10 +155,20 @@ def test_every_pair_of_pieces_around_a_space_is_cut_as_the_tokenizer_cuts_it(kin
 
 
 @pytest.mark.parametrize("kind", WITH_UNITS)
+def test_a_space_between_other_white_space_is_not_cut_off(kind: str) -> None:
+    spaces = [piece for piece in _PIECES if piece.isspace()]
+    assert_equal(
+        kind, [f"x{one} {other}y" + tail for one in spaces for other in spaces for tail in ("", " z")]
+    )
+
+
+@pytest.mark.parametrize("kind", WITH_UNITS)
 def test_an_emptied_memory_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "MOST_CHARACTERS", 5)
     for text in [*_SENTENCES[:3], *_SENTENCES[:3]]:
         assert_equal(kind, [text])
+        # What was remembered before the last text is gone.
+        assert built(kind)[1]._characters <= len(text)
 
 
 @pytest.mark.shared
