@@ -207,7 +207,7 @@ def _tell_conversion(
         return
     bad.tell()
     left_out = f", {bad.rows:,} left out" if bad.rows else ""
-    output.say(f"{converted:,} conversations in {to}{left_out}.")
+    output.say(f"{output.count(converted, 'conversation')} in {to}{left_out}.")
     for note, count in sorted(conversion.notes.items()):
         output.say(f"  {note}: {count:,}")
 

@@ -302,12 +302,13 @@ def _verdict(report: Mapping[str, Any], model: str | None) -> str:
     bad, rows = report["bad_rows"], report["rows"]
     without = "" if model else " Rules of a chat template were not looked at: name a --model."
     if bad == 0:
-        return f"All {rows:,} rows are good.{without}"
+        return f"{'The row is' if rows == 1 else f'All {rows:,} rows are'} good.{without}"
     allowed = f", {report['budget']:,} allowed" if report["budget"] else ""
     repair = (
         "" if report["is_good"] else " With --fix a copy is written without them, repaired where it can be."
     )
-    return f"{bad:,} of {rows:,} rows are bad{allowed}.{repair}{without}"
+    are = "is" if bad == 1 else "are"
+    return f"{bad:,} of {output.count(rows, 'row')} {are} bad{allowed}.{repair}{without}"
 
 
 def _tell_statistics(said: Mapping[str, Any], model: str | None) -> None:
@@ -370,8 +371,10 @@ def _tell_cut(about: Mapping[str, Any], limit: int, policy: str | None) -> None:
     if not about["long_rows"]:
         output.say(f"No row is longer than max_seq_length, {limit:,} tokens.")
         return
-    rows = "1 row is" if about["long_rows"] == 1 else f"{about['long_rows']:,} rows are"
-    output.say(f"{rows} longer than max_seq_length, {limit:,} tokens.")
+    rows = output.count(about["long_rows"], "row")
+    output.say(
+        f"{rows} {'is' if about['long_rows'] == 1 else 'are'} longer than max_seq_length, {limit:,} tokens."
+    )
     output.table(
         ("LONG_ROWS", "LOSES ROWS", "TURNS", "ASSISTANT TOKENS"),
         [

@@ -233,6 +233,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def count(value: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{value:,} {noun}" if value == 1 else f"{value:,} {noun}s"
+
+
 def figure(name: str, value: float) -> str:
     """A metric by its name's unit: `loss 2.31`, `412 tokens/s`, `peak memory 1.5 GB`."""
     if name == "bytes_per_second":

@@ -40,14 +40,14 @@ def test_a_bad_row_is_told_with_its_place_and_fails_the_command(
     ran = tuneloop_command("data", "check", str(data))
     assert ran.code == 2
     assert f"{data} line 2 (id Who?): messages[1].content: found" in ran.out
-    assert "1 of 3 rows are bad. With --fix" in ran.out
+    assert "1 of 3 rows is bad. With --fix" in ran.out
     assert "name a --model" in ran.out
 
 
 def test_within_the_budget_it_is_a_success(tuneloop_command: Command, data: Path) -> None:
     ran = tuneloop_command("data", "check", str(data), "--bad-rows", "1")
     assert ran.code == 0
-    assert "1 of 3 rows are bad, 1 allowed." in ran.out
+    assert "1 of 3 rows is bad, 1 allowed." in ran.out
 
 
 def test_with_a_model_lengths_and_what_would_be_cut_are_told(
