@@ -292,3 +292,28 @@ def test_a_job_that_is_expected_to_take_more_than_there_is_is_warned_of(
     assert any("step finetune is expected to take" in one and "tuneloop plan" in one for one in warnings)
     plain = api.post("/api/jobs", json=submission(tmp_path)).json()["warnings"]
     assert not any("expected to take" in one for one in plain)
+
+
+def test_one_file_for_two_splits_is_told_once_and_not_for_every_row(api: TestClient, tmp_path: Path) -> None:
+    warnings = api.post("/api/jobs", json=submission(tmp_path)).json()["warnings"]
+    told = [one for one in warnings if "same file" in one]
+    assert told == [
+        "test and train are the same file, train.jsonl: its scores are of rows that were learned."
+    ]
+    assert not any("leak" in one for one in warnings)
+    text = RECIPE.replace("test: train.jsonl", "test: test.jsonl\n  validation: test.jsonl")
+    (tmp_path / "test.jsonl").write_text(GOOD_ROW.replace("Hi", "Bye"), encoding="utf-8")
+    warnings = api.post("/api/recipes/resolve", json=submission(tmp_path, text)).json()["warnings"]
+    assert [one for one in warnings if "same file" in one] == [
+        "test and validation are the same file, test.jsonl: what one of them helps to choose, the other does "
+        "not judge independently."
+    ]
+
+
+def test_a_conversation_in_two_different_files_is_warned_of_with_its_line(
+    api: TestClient, tmp_path: Path
+) -> None:
+    (tmp_path / "test.jsonl").write_text(GOOD_ROW, encoding="utf-8")
+    text = RECIPE.replace("test: train.jsonl", "test: test.jsonl")
+    warnings = api.post("/api/jobs", json=submission(tmp_path, text)).json()["warnings"]
+    assert any("test.jsonl line 1" in one and "rule leak" in one for one in warnings)

@@ -184,7 +184,8 @@ def check_chat_file(path: Path, shown: str) -> Report:
 def check_chat_files(sources: Mapping[str, Source], files: ChatFiles) -> Checked:
     """Raises `DataError` with the first findings when more rows are bad than allowed, or a file has none that
     is good. Duplicates and leakage between files are warnings: the data may be meant so."""
-    firsts = _Firsts()
+    same = _same_files(sources)
+    firsts = _Firsts(silent_leaks=frozenset(same))
     report = check_files(
         sources,
         column=files.column,
@@ -201,7 +202,28 @@ def check_chat_files(sources: Mapping[str, Source], files: ChatFiles) -> Checked
     bad = [each for each in report.files if each.bad_rows]
     if bad and (not report.is_good or any(each.bad_rows == each.rows for each in bad)):
         raise DataError(_summary(bad, firsts, files.bad_rows), details=firsts.listed())
-    return Checked(report, tuple(firsts.warnings(report)))
+    told = (
+        f"{later} and {earlier} are the same file, {sources[later].shown}: {_MEANING[earlier == 'train']}"
+        for later, earlier in same.items()
+    )
+    return Checked(report, (*told, *firsts.warnings(report)))
+
+
+_MEANING = {
+    True: "its scores are of rows that were learned.",
+    False: "what one of them helps to choose, the other does not judge independently.",
+}
+
+
+def _same_files(sources: Mapping[str, Source]) -> dict[str, str]:
+    """Role to an earlier role that has the same file."""
+    found: dict[str, str] = {}
+    roles = list(sources)
+    for number, later in enumerate(roles):
+        for earlier in roles[:number]:
+            if sources[later].path.samefile(sources[earlier].path):
+                found.setdefault(later, earlier)
+    return found
 
 
 @dataclass
@@ -211,8 +233,12 @@ class _Firsts:
     errors: list[RowFinding] = field(default_factory=list)
     of_rule: dict[tuple[str, str], RowFinding] = field(default_factory=dict)
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    silent_leaks: frozenset[str] = frozenset()
+    """Roles whose file is another role's too: one sentence says so, not one for each row."""
 
     def hear(self, finding: RowFinding) -> None:
+        if finding.rule in ("leak", "opening_leak") and finding.role in self.silent_leaks:
+            return
         key = (finding.file, finding.rule)
         self.of_rule.setdefault(key, finding)
         self.counts[key] = self.counts.get(key, 0) + 1
