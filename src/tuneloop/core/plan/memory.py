@@ -10,7 +10,7 @@ and what is measured: docs/explanation/memory.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from tuneloop.core.plan import shape
 from tuneloop.core.plan.constants import (
@@ -41,17 +41,7 @@ Cause = Literal[
     "slack",
     "process",
 ]
-CAUSES: tuple[Cause, ...] = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "lora",
-    "activations",
-    "logits",
-    "buffers",
-    "slack",
-    "process",
-)
+CAUSES: tuple[Cause, ...] = get_args(Cause)
 Moment = Literal["loading", "backward begins", "backward ends", "optimizer steps", "evaluating"]
 
 
