@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEEPSPEED := .deepspeed
 
 .PHONY: help demo test test-slow test-gpu check format docs clean
 
@@ -17,13 +18,20 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Beside the environment, not in it: transformers and accelerate import DeepSpeed wherever they find it.
+$(DEEPSPEED)/.installed: requirements-deepspeed.lock | $(INSTALLED)
+	@echo "putting DeepSpeed into $(DEEPSPEED) for its tests (25 MB)"
+	@rm -rf $(DEEPSPEED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(DEEPSPEED) -r requirements-deepspeed.lock
+	@touch $@
+
 demo: $(INSTALLED)  ## tune, evaluate, register, deploy and question a real chat model
 	@$(BIN)/tuneloop demo
 
-test: $(INSTALLED)  ## the whole test suite, fast tests first
+test: $(INSTALLED) $(DEEPSPEED)/.installed  ## the whole test suite, fast tests first
 	$(BIN)/python -m pytest tests/unit tests/contract tests/loop -m "not slow and not gpu"
 
-test-slow: $(INSTALLED)  ## what takes too long for every change
+test-slow: $(INSTALLED) $(DEEPSPEED)/.installed  ## what takes too long for every change
 	$(BIN)/python -m pytest tests -m slow
 
 test-gpu: $(INSTALLED)  ## train, run out of memory and serve on a CUDA device; skipped without one
@@ -44,4 +52,4 @@ docs: $(INSTALLED)  ## the documentation as a site in site/
 	$(BIN)/mkdocs build --strict
 
 clean:  ## the environment and everything that was built
-	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEEPSPEED) site build dist .pytest_cache .mypy_cache .ruff_cache

@@ -63,14 +63,14 @@ TORCHTUNE_8B = {
     "apply_lora": True,
     "lora_r": 8,
     "lora_targets": ("q_proj", "v_proj", "o_proj"),
-    "checkpointing": True,
+    "checkpointing": "always",
 }
 TORCHTUNE_70B = {
     "apply_lora": True,
     "lora_r": 16,
     "lora_targets": ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "checkpointing": True,
-    "sharding": "zero3",
+    "checkpointing": "always",
+    "sharding": "fsdp",
     "devices": 8,
 }
 
@@ -78,8 +78,8 @@ TORCHTUNE_70B = {
 def rows() -> list[tuple[str, str, float, float]]:
     """(source, case, published GiB, planned GiB)."""
     offloaded = HOST_BUFFER_FACTOR * max(4 * 8, 16) * T5_3B.parameters
-    short = {"apply_lora": True, "lora_r": 8, "checkpointing": True}
-    full = {"checkpointing": True}
+    short = {"apply_lora": True, "lora_r": 8, "checkpointing": "always"}
+    full = {"checkpointing": "always"}
     return [
         ("D", "T5-3B, 8 GPUs, ZeRO-2", 15.93, _states("zero2") / GIB),
         ("D", "T5-3B, 8 GPUs, ZeRO-2, optimiser offloaded", 5.31, _states("zero2", "optimizer") / GIB),

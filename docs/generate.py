@@ -148,12 +148,14 @@ def _docs_of_fields(kind: type) -> dict[str, str]:
 PROBES: Sequence[Mapping[str, object]] = (
     {"apply_ort": True},
     {"deepspeed": "ds_config.json"},
-    {"auto_find_batch_size": True},
-    {"ignore_mismatched_sizes": True},
+    {"auto_find_batch_size": True, "apply_deepspeed": True},
+    {"ignore_mismatched_sizes": True, "apply_lora": True},
+    {"strategy": "fsdp", "apply_deepspeed": True},
+    {"lora_use_dora": True},
+    {"quantization": "4bit"},
     {"metric_for_best_model": "f1"},
     {"apply_early_stopping": True, "evaluation_strategy": "disable"},
     {"apply_deepspeed": True},
-    {"dataloader_num_workers": 4},
     {"eval_accumulation_steps": 8},
     {"apply_lora": True, "merge_lora_weights": False},
     {"optim": "adafactor"},
@@ -223,7 +225,9 @@ def _limits(field: Any) -> list[str]:
 
 def _support() -> list[str]:
     refused = [sentence for probe in PROBES for sentence in support.refusals(probe)]
-    cautioned = [sentence for probe in PROBES for sentence in support.cautions(probe)]
+    cautioned = [
+        sentence for probe in PROBES if not support.refusals(probe) for sentence in support.cautions(probe)
+    ]
     return [
         "## Values that are refused",
         "",
@@ -243,18 +247,26 @@ def _support() -> list[str]:
     ]
 
 
+def _place_of(given: Any) -> str:
+    if given.place:
+        return f"`{given.place}`"
+    if given.only:
+        return f"under `component`; always `{given.only}`"
+    return "under `component`; has no effect" if given.note else "refused"
+
+
 def _component() -> list[str]:
     rows = [
-        (f"`{name}`", f"`{given.place}`" if given.place else "refused", given.reason or "")
-        for name, given in INPUTS.items()
+        (f"`{name}`", _place_of(given), given.reason or given.note or "") for name, given in INPUTS.items()
     ]
     versions = ", ".join(f"{kind} {version}" for kind, version in STEP_VERSIONS.items())
     return [
         "## Inputs of the Azure component",
         "",
-        "All inputs of `chat_completion_pipeline` 0.0.82, and where each stands in a recipe.",
+        "All inputs of `chat_completion_pipeline` 0.0.82, and where each stands in a recipe. A script's call "
+        "can be pasted whole under `component`; each input goes to its place.",
         "",
-        *_table(("input", "in a recipe", "why not"), rows),
+        *_table(("input", "in a recipe", "why"), rows),
         "",
         "## Versions of the steps",
         "",

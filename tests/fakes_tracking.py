@@ -31,6 +31,7 @@ class FakeRun:
     parameters: dict[str, str] = field(default_factory=dict)
     points: set[Measurement] = field(default_factory=set)
     datasets: dict[str, DatasetUse] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
     is_deleted: bool = False
 
     def curve(self, name: str) -> list[tuple[int, float]]:
@@ -98,6 +99,10 @@ class FakeTrackingServer:
     def log_datasets(self, run_id: str, datasets: Sequence[DatasetUse]) -> None:
         with self._call_about(run_id) as run:
             run.datasets.update({dataset.name: dataset for dataset in datasets})
+
+    def log_picture(self, run_id: str, picture: Path, folder: str = "") -> None:
+        with self._call_about(run_id) as run:
+            run.pictures[f"{folder}/{picture.name}" if folder else picture.name] = picture.read_bytes()
 
     def set_status(self, run_id: str, status: RunStatus, ended_at: datetime | None = None) -> None:
         with self._call_about(run_id) as run:

@@ -8,11 +8,12 @@ What can be read of them without torch is in `tokens`, and named here too.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -20,7 +21,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from tuneloop.core.errors import ModelUnavailable, OutOfMemory
+from tuneloop.core.errors import ModelUnavailable, OutOfMemory, Unsupported
 from tuneloop.tokens import MODEL_NOTE, load_template, may_run_code, read_note, resolve_folders
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "quiet",
     "read_note",
     "refuse_incomplete",
+    "refuse_without_four_bits",
     "resolve_folders",
     "threads",
     "unusable_tensors",
@@ -137,15 +139,22 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     *,
     device: str | torch.device = "cpu",
+    quantization: Literal["none", "4bit"] = "none",
+    mismatched: list[str] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """The causal language model in `path` (either layout), in evaluation mode, with SDPA attention.
 
-    Only safetensors are read. Raises `OutOfMemory`, and `ModelUnavailable` when weights are missing or of
-    another shape: transformers would fill them with random numbers.
+    "4bit": its linear layers but the head are kept in 4 bits, to be trained on by LoRA (QLoRA,
+    arXiv:2305.14314); products run in `dtype`. Only safetensors are read. Raises `OutOfMemory`;
+    `ModelUnavailable` when weights are missing or of another shape, which transformers would fill with random
+    numbers; `Unsupported` when 4 bits do not work here. Where a list `mismatched` is given, weights of
+    another shape do start at random, and the list gets their names.
     """
     folder = resolve_folders(path)[0]
     options.setdefault("attn_implementation", "sdpa")
+    if quantization == "4bit":
+        options.update(_four_bits(dtype, torch.device(device)))
     try:
         with memory_errors(torch.device(device), _TOO_LARGE):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -155,6 +164,7 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=may_run_code(path),
                 output_loading_info=True,
+                ignore_mismatched_sizes=mismatched is not None,
                 **options,
             )
     except (OSError, RuntimeError) as error:
@@ -163,9 +173,70 @@ def load_model(
             f"The weights in {folder} cannot be loaded: {reason}", next_move=_MISSING_WEIGHTS
         ) from error
     model, report = loaded
+    if mismatched is not None:
+        mismatched += sorted(str(each[0]) for each in report.pop("mismatched_keys", None) or ())
     refuse_incomplete(report, folder)
     with memory_errors(torch.device(device), _TOO_LARGE):
-        return model.to(device).eval()
+        return _trainable_in_four_bits(model) if quantization == "4bit" else model.to(device).eval()
+
+
+def _trainable_in_four_bits(model: PreTrainedModel) -> PreTrainedModel:
+    """Where a CPU has AVX512-BF16, bitsandbytes repacks weights at the first evaluation for a kernel that has
+    no gradient (0.50); training would go on without one. Told that the CPU has none, it does not."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def _four_bits(dtype: torch.dtype, where: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told: NF4, with the constants of its blocks quantised too."""
+    from transformers import BitsAndBytesConfig
+
+    refuse_without_four_bits(where)
+    chosen = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": chosen, "device_map": {"": str(where)}}
+
+
+def refuse_without_four_bits(where: torch.device) -> None:
+    """Raise `Unsupported` unless bitsandbytes is installed and multiplies by a 4-bit matrix on `where`."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Unsupported(
+            "quantization is '4bit', and bitsandbytes is not installed.",
+            next_move="pip install 'tuneloop[quantization]', or write quantization: none.",
+        )
+    try:
+        error = _four_bit_error(where)
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError, OSError) as failure:
+        raise _no_four_bits(where, str(failure).splitlines()[0]) from failure
+    if not error < 1e-2:
+        raise _no_four_bits(where, f"a product or its gradient is off by {error:.2g}")
+
+
+def _four_bit_error(where: torch.device) -> float:
+    """How far a small product and its gradient are from those by the weights that the 4 bits stand for."""
+    import bitsandbytes
+
+    weight = torch.linspace(-1, 1, 64 * 64, device=where).reshape(64, 64)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    states = torch.linspace(0, 1, 2 * 64, device=where).reshape(2, 64).requires_grad_()
+    outputs = bitsandbytes.matmul_4bit(states, packed.t(), quant_state=state)
+    (gradient,) = torch.autograd.grad(outputs.sum(), states)
+    restored = bitsandbytes.functional.dequantize_4bit(packed, state)
+    errors = (outputs - states @ restored.t(), gradient - restored.sum(0))
+    return max(float(each.detach().abs().max()) for each in errors)
+
+
+def _no_four_bits(where: torch.device, reason: str) -> Unsupported:
+    return Unsupported(
+        f"quantization is '4bit', and bitsandbytes does not work on this machine's {where.type}: {reason}.",
+        next_move="Write quantization: none; install a bitsandbytes that is made for this machine otherwise.",
+    )
 
 
 def refuse_incomplete(report: dict[str, Any], folder: Path) -> None:
@@ -191,9 +262,13 @@ def add_lora(
     targets: Sequence[str] | None = None,
     *,
     seed: int | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> Any:
     """A PeftModel whose only trainable weights are LoRA's (arXiv:2106.09685): on `targets`, or on all linear
-    layers but the head. `seed` fixes the start of the A matrices without touching the global generator."""
+    layers but the head. `seed` fixes the start of the A matrices without touching the global generator.
+    `use_rslora`: scaled by alpha / sqrt(r), not alpha / r (arXiv:2312.03732). `use_dora`: each output's
+    magnitude is trained apart from its direction (arXiv:2402.09353)."""
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -203,6 +278,8 @@ def add_lora(
         target_modules=list(targets) if targets else "all-linear",
         bias="none",
         task_type="CAUSAL_LM",
+        use_rslora=use_rslora,
+        use_dora=use_dora,
     )
     if seed is None:
         return _adapted(model, config)
@@ -259,8 +336,19 @@ def _misfit(folder: Path, reason: str) -> ModelUnavailable:
 
 
 def merge(peft_model: Any) -> PreTrainedModel:
-    """The base model with the adapter added into its weights, in their precision; the adapter is gone."""
-    merged = peft_model.merge_and_unload()
+    """The base model with the adapter added into its weights, in fp32; the adapter is gone.
+
+    In 16 bits the sum would round most of a small change away. Raises `Unsupported` for a base in 4 bits:
+    its rounding errors would stay in the weights.
+    """
+    if getattr(peft_model.get_base_model(), "is_quantized", False):
+        raise Unsupported(
+            "an adapter is not merged into weights of 4 bits.",
+            next_move="Load the base model in full precision, and the adapter onto it.",
+        )
+    merged = peft_model.float().merge_and_unload()
+    # transformers writes the precision that the configuration names.
+    merged.config.dtype = torch.float32
     # PEFT leaves its attribute behind, and save_pretrained would then write an adapter.
     if hasattr(merged, "peft_config"):
         del merged.peft_config

@@ -45,6 +45,8 @@ class Subject(Protocol):
 
     def curve(self, run_id: str, name: str) -> list[tuple[int, float]]: ...
 
+    def picture(self, run_id: str, path: str) -> bytes: ...
+
     def delete_run(self, run_id: str) -> None: ...
 
     def model_names(self) -> set[str]: ...
@@ -67,6 +69,9 @@ class FakeSubject:
 
     def curve(self, run_id: str, name: str) -> list[tuple[int, float]]:
         return self.fake.runs[run_id].curve(name)
+
+    def picture(self, run_id: str, path: str) -> bytes:
+        return self.fake.runs[run_id].pictures[path]
 
     def delete_run(self, run_id: str) -> None:
         self.fake.runs[run_id].is_deleted = True
@@ -110,6 +115,9 @@ class MlflowSubject:
 
     def curve(self, run_id: str, name: str) -> list[tuple[int, float]]:
         return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, name))
+
+    def picture(self, run_id: str, path: str) -> bytes:
+        return Path(self.client.download_artifacts(run_id, path)).read_bytes()
 
     def delete_run(self, run_id: str) -> None:
         self.client.delete_run(run_id)
@@ -193,6 +201,26 @@ def test_points_sent_twice_are_there_once(subject: Subject, here: str) -> None:
     subject.server.log(run_id, measurements=points[:2])
     subject.server.log(run_id, measurements=points)
     assert subject.curve(run_id, "loss") == [(0, 4.0), (1, 3.0), (2, 2.0)]
+
+
+def test_a_picture_is_an_artifact_of_its_run_and_the_last_one_stands(
+    subject: Subject, here: str, tmp_path: Path
+) -> None:
+    run_id, picture = new_run(subject, here), tmp_path / "loss.png"
+    for drawn in (b"first", b"second"):
+        picture.write_bytes(drawn)
+        subject.server.log_picture(run_id, picture)
+        subject.server.log_picture(run_id, picture, "finetune")
+    assert subject.picture(run_id, "loss.png") == b"second"
+    assert subject.picture(run_id, "finetune/loss.png") == b"second"
+
+
+def test_a_picture_of_a_run_that_is_not_there_is_an_error(
+    subject: Subject, here: str, tmp_path: Path
+) -> None:
+    (tmp_path / "loss.png").write_bytes(b"drawn")
+    with pytest.raises(NotFound):
+        subject.server.log_picture("0" * 32, tmp_path / "loss.png")
 
 
 def test_a_point_that_is_not_a_number_is_kept_and_stays_one(subject: Subject, here: str) -> None:

@@ -286,7 +286,11 @@ def test_a_cluster_is_created_shown_and_deleted(api: TestClient) -> None:
 def test_a_job_that_is_expected_to_take_more_than_there_is_is_warned_of(
     api: TestClient, tmp_path: Path
 ) -> None:
-    overrides = {"finetune.per_device_train_batch_size": "100000"}
+    overrides = {
+        "finetune.per_device_train_batch_size": "100000",
+        "finetune.pack_tokens": "100000000",
+        "finetune.activation_checkpointing": "never",
+    }
     big = submission(tmp_path, rows=GOOD_ROW * 3000, overrides=overrides)
     warnings = api.post("/api/jobs", json=big).json()["warnings"]
     assert any("step finetune is expected to take" in one and "tuneloop plan" in one for one in warnings)
@@ -317,3 +321,38 @@ def test_a_conversation_in_two_different_files_is_warned_of_with_its_line(
     text = RECIPE.replace("test: train.jsonl", "test: test.jsonl")
     warnings = api.post("/api/jobs", json=submission(tmp_path, text)).json()["warnings"]
     assert any("test.jsonl line 1" in one and "rule leak" in one for one in warnings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HuggingFaceTB%2FSmolLM2-135M-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "azureml:%2F%2Fregistries%2Fazureml%2Fmodels%2FSmolLM2-135M-Instruct%2Flabels%2Flatest",
+    ],
+)
+def test_a_base_model_is_found_by_a_name_with_slashes(api: TestClient, tmp_path: Path, name: str) -> None:
+    assert api.get(f"/api/cards/{name}").json()["name"] == "SmolLM2-135M-Instruct"
+    (tmp_path / "config.json").write_text("{}")
+    used = api.post(f"/api/cards/{name}/source", json={"folder": str(tmp_path)})
+    assert used.json()["sources"][0]["path"] == str(tmp_path)
+
+
+def test_an_unknown_repository_of_a_base_model_is_told_as_such(api: TestClient) -> None:
+    answer = api.get("/api/cards/nobody%2Fnothing")
+    assert answer.status_code == 404
+    assert "comes from the repository 'nobody/nothing'" in answer.json()["error"]["message"]
+
+
+def test_a_deepspeed_file_of_a_recipe_is_read_from_the_recipes_folder(
+    api: TestClient, tmp_path: Path
+) -> None:
+    text = RECIPE + "  apply_deepspeed: true\n  deepspeed: ds.json\n"
+    error = api.post("/api/jobs", json=submission(tmp_path, text)).json()["error"]
+    assert [(item["line"], item["field"]) for item in error["details"]] == [(10, "finetune.deepspeed")]
+    assert f"{tmp_path}/ds.json cannot be read" in error["message"]
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2, "overlap_comm": false}}')
+    name = api.post("/api/jobs", json=submission(tmp_path, text)).json()["name"]
+    (tmp_path / "ds.json").unlink()
+    kept = api.get(f"/api/jobs/{name}").json()["parameters"]["finetune.deepspeed"]
+    assert kept == {"zero_optimization": {"stage": 2, "overlap_comm": False}}

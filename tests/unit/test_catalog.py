@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes import FakeClock, FakeStore
 from tuneloop.core.errors import AlreadyExists, NotFound, UsageError
-from tuneloop.core.types import FolderSource
+from tuneloop.core.types import FolderSource, HubSource
 from tuneloop.workspace.catalog import Catalog
 
 CARD = """\
@@ -89,6 +89,64 @@ def test_get_of_an_unknown_version_names_those_that_are(catalog: Catalog) -> Non
 
 def test_find_of_an_unknown_model_is_none(catalog: Catalog) -> None:
     assert catalog.find("nobody") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "microsoft/Phi-3-mini-4k-instruct",
+        "MICROSOFT/phi-3-mini-4k-instruct",
+        "microsoft/Phi-3-mini-4k-instruct:15",
+        "microsoft/Phi-3-mini-4k-instruct:latest",
+    ],
+)
+def test_a_model_is_found_by_the_repository_of_its_weights(catalog: Catalog, name: str) -> None:
+    """What a recipe has as `model: owner/name`, and a pasted call as `huggingface_id`."""
+    assert catalog.get(name).name == "Phi-3-mini-4k-instruct"
+    assert catalog.find(name) == catalog.get("Phi-3-mini-4k-instruct")
+
+
+def test_every_shipped_repository_leads_to_one_model(catalog: Catalog) -> None:
+    for card in catalog.list():
+        for source in card.sources:
+            if isinstance(source, HubSource):
+                assert catalog.get(source.repository).name == card.name
+
+
+def test_an_unknown_repository_is_told_with_what_to_add(catalog: Catalog) -> None:
+    with pytest.raises(NotFound) as caught:
+        catalog.get("microsoft/phi-0")
+    assert str(caught.value).startswith(
+        "No base model in the catalogue comes from the repository 'microsoft/phi-0'."
+    )
+    assert "tuneloop catalog add" in (caught.value.next_move or "")
+    assert catalog.find("microsoft/phi-0") is None
+    catalog.add(CARD.replace("nobody/tiny-chat", "microsoft/phi-0"))
+    assert catalog.get("microsoft/phi-0").name == "Tiny-Chat"
+
+
+def test_an_unknown_version_of_a_repository_names_those_that_are(catalog: Catalog) -> None:
+    with pytest.raises(NotFound, match=r"no version '14' of Phi-3-mini-4k-instruct\. There is: 15"):
+        catalog.get("microsoft/Phi-3-mini-4k-instruct:14")
+
+
+def test_a_repository_of_several_models_is_refused_by_their_names(catalog: Catalog) -> None:
+    catalog.add(CARD)
+    catalog.add(CARD.replace('version: "9"', 'version: "10"'))
+    assert catalog.get("nobody/tiny-chat").version == "10"
+    catalog.add(CARD.replace("name: Tiny-Chat", "name: Other-Chat"))
+    with pytest.raises(UsageError, match=r"Several base models come from .*: Other-Chat, Tiny-Chat"):
+        catalog.get("nobody/tiny-chat")
+    assert catalog.get("Tiny-Chat").version == "10"
+
+
+def test_a_model_whose_folder_is_used_is_still_found_by_its_repository(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    catalog.add(CARD)
+    (tmp_path / "config.json").write_text("{}")
+    catalog.use("nobody/tiny-chat", tmp_path)
+    assert catalog.get("nobody/tiny-chat").sources[0] == FolderSource(path=str(tmp_path))
 
 
 def test_an_added_card_is_found_and_listed(catalog: Catalog) -> None:

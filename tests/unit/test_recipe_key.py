@@ -19,12 +19,17 @@ def step(parameters: dict[str, Any] | None = None, **changes: Any) -> Step:
 
 def test_a_key_is_the_same_today_and_tomorrow() -> None:
     assert step_key(step({"lora_r": 16, "apply_lora": True}), DIGESTS) == (
-        "sha256:8eec0949486ee6c99a6e39d4d68a7c06aa8d452577722b37df343d3c80a52911"
+        "sha256:dee037e6a92781c5333c968d9e8895d099dc482e551f5b586da3ef25704d2524"
     )
 
 
 def test_a_parameter_at_its_default_changes_nothing() -> None:
     assert step_key(step({"lora_r": 8}), DIGESTS) == step_key(step(), DIGESTS)
+
+
+def test_how_often_a_run_is_saved_is_not_in_it() -> None:
+    saved = step({"checkpoint_seconds": 5, "checkpoint_steps": 7})
+    assert step_key(saved, DIGESTS) == step_key(step(), DIGESTS)
 
 
 def test_a_new_parameter_at_its_default_does_not_change_old_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,9 +71,7 @@ def test_a_key_in_the_wrong_section_is_sent_to_its_own() -> None:
 
 
 def test_an_input_of_the_component_that_has_no_place_is_refused_with_its_reason() -> None:
-    assert "name a compute of yours" in str(
-        refused(SMALL + "instance_type_finetune: Standard_NC24ads_A100_v4\n")
-    )
+    assert "give a .jsonl file under data instead" in str(refused(SMALL + "train_mltable_path: folder\n"))
 
 
 def test_a_key_written_twice_is_a_mistake() -> None:

@@ -88,6 +88,16 @@ class World:
         )
         self.executor.end(folder)
 
+    def lose_a_rank(self, step: str, number: int) -> None:
+        """The result is there; the process is not gone yet."""
+        self.files.results[self.folder(step, number)] = ResultFile(
+            attempt_id="x",
+            status="failed",
+            error=ErrorInfo(code="rank_lost", message=f"rank {number} is gone"),
+            started_at=NOW,
+            finished_at=NOW,
+        )
+
     def states(self, job: str = "job") -> dict[str, str]:
         return {record.step: str(record.state) for record in self.store.list(StepRecord, parent=job)}
 
@@ -293,6 +303,27 @@ def test_after_three_vanished_attempts_the_step_fails_and_a_retry_counts_afresh(
     world.tick()
     assert world.states() == {"a": "running"}
     assert world.step("a").attempts == 5
+
+
+def test_a_step_that_lost_one_of_its_processes_is_tried_again_as_often_as_one_that_vanished() -> None:
+    world = World()
+    world.submit(step("a"))
+    world.tick()
+    for number in (1, 2, 3):
+        world.lose_a_rank("a", number)
+        if number == 1:
+            # It has left its word, and is still on its way out.
+            world.tick()
+            assert world.step("a").attempts == 1
+        world.executor.end(world.folder("a", number))
+        world.tick()
+        attempt = world.store.get(AttemptRecord, f"job/a/{number}")
+        assert attempt.state is AttemptState.LOST
+        assert attempt.error is not None
+        assert attempt.error.code == "rank_lost"
+    assert world.step("a").attempts == 3
+    assert world.job().state is JobState.FAILED
+    assert world.step("a").error == attempt.error
 
 
 def test_an_interruption_that_was_asked_for_is_not_counted() -> None:

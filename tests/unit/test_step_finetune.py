@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,20 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conversations import write_dataset
 from tests.models import tiny_model
 from tuneloop import lm
 from tuneloop.core.digest import of_path
-from tuneloop.core.errors import Unsupported
+from tuneloop.core.errors import ModelUnavailable, Unsupported
 from tuneloop.core.types import StepFile, StepFileInput
 from tuneloop.steps import finetune
 from tuneloop.steps.context import StepContext
+from tuneloop.steps.finetune.choice import carried_out
+from tuneloop.training import Machine
+
+MACHINE = Machine("cpu", 0, False)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +94,7 @@ def test_lora_gives_an_adapter_that_fits_the_base_and_names_no_path(
     assert (about["format"], about["mode"], about["engine"], about["base_model"]) == (
         1,
         "lora",
-        "plain/1",
+        "packed/1",
         "Tiny:1",
     )
     assert about["steps"] == 4
@@ -165,3 +172,51 @@ def test_refused_parameters_fail_before_the_model_is_loaded(attempts: Attempts, 
     context = attempts.new(apply_ort="true")
     with pytest.raises(Unsupported, match="apply_ort is true"):
         finetune.run(context)
+
+
+def test_tensors_of_another_shape_start_at_random_and_are_named_when_that_is_asked_for(
+    attempts: Attempts, tmp_path: Path
+) -> None:
+    attempts.model_folder = _with_a_smaller_norm(attempts.model_folder, tmp_path / "odd")
+    with pytest.raises(ModelUnavailable, match="cannot be loaded: You set `ignore_mismatched_sizes`"):
+        finetune.run(attempts.new("refused"))
+    context = attempts.new("a", ignore_mismatched_sizes=True)
+    finetune.run(context)
+    (warning,) = [each for each in context.warnings if "ignore_mismatched_sizes" in each]
+    assert "1 tensor(s) of another shape" in warning
+    assert warning.endswith("model.norm.weight.")
+
+
+def _with_a_smaller_norm(source: Path, folder: Path) -> Path:
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:8].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_lora_options_reach_the_adapter(attempts: Attempts) -> None:
+    context = attempts.new("a", apply_lora=True, lora_use_rslora=True, lora_use_dora=True, max_steps=1)
+    finetune.run(context)
+    config = json.loads((context.output("trained") / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["use_dora"]) == (True, True)
+
+
+def test_the_memory_that_there_is_decides_what_is_computed_at_a_time(attempts: Attempts) -> None:
+    plenty, little = attempts.new("plenty"), attempts.new("little")
+    roomy = carried_out(plenty.step, MACHINE)
+    tight = carried_out(little.step.model_copy(update={"memory_bytes": 1}), MACHINE)
+    assert (roomy.pack_tokens, roomy.is_checkpointed) == (1024, False)
+    assert (tight.pack_tokens, tight.is_checkpointed) == (tight.longest, True)
+    written = attempts.new("written", pack_tokens=77, activation_checkpointing="never")
+    obeyed = carried_out(written.step.model_copy(update={"memory_bytes": 1}), MACHINE)
+    assert (obeyed.pack_tokens, obeyed.is_checkpointed) == (77, False)
+
+
+def test_one_process_is_planned_where_one_is_asked_for_and_no_other_process_is_started(
+    attempts: Attempts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    context = attempts.new("a", apply_lora=True, max_steps=1, cpu_processes=2)
+    finetune.run(context)
+    assert context.summary["processes"] == 1

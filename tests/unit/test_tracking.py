@@ -225,6 +225,22 @@ def test_curves_appear_while_the_attempt_runs(home: Home) -> None:
     assert len(home.attempt_run().curve("loss")) == 5
 
 
+def test_a_picture_comes_to_the_runs_of_the_attempt_and_of_its_job_once_the_attempt_has_ended(
+    home: Home,
+) -> None:
+    home.job()
+    folder = home.attempt()
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "loss.png").write_bytes(b"drawn")
+    (folder / "pictures" / "loss.png.part").write_bytes(b"half of it")
+    home.tick()
+    assert home.attempt_run().pictures == {}
+    home.end_attempt("calm_heron/finetune/1", AttemptState.FAILED)
+    home.tick()
+    assert home.attempt_run().pictures == {"loss.png": b"drawn"}
+    assert home.job_run().pictures == {"finetune/loss.png": b"drawn"}
+
+
 def test_a_line_that_is_still_being_written_waits(home: Home) -> None:
     home.job()
     folder = home.attempt()

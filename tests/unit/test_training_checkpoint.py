@@ -23,7 +23,7 @@ from tests.conversations import Heard, write_dataset
 from tests.models import tiny_model
 from tuneloop import lm
 from tuneloop.core.recipe import FinetuneParameters
-from tuneloop.training import Machine, TrainingInputs, TrainingResult, checkpoint, train
+from tuneloop.training import Machine, TrainingInputs, TrainingResult, checkpoint, layout, train
 
 LAPTOP = Machine("cpu", 0, has_fast_bf16=False)
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ class Killed(BaseException):
 
 
 def save(
-    root: Path, step: int, *, is_milestone: bool = False, best: Path | None = None, **state: Any
+    root: Path, step: int, *, is_milestone: bool = False, best: tuple[Path, ...] = (), **state: Any
 ) -> Path:
     return checkpoint.save(
         root,
@@ -43,6 +43,7 @@ def save(
         best_weights=best,
         fits="this",
         is_milestone=is_milestone,
+        writers=layout.Plain(CPU),
     )
 
 
@@ -120,11 +121,11 @@ def test_a_checkpoint_that_was_never_finished_does_not_exist(
 
 def test_best_weights_go_along_with_every_checkpoint(tmp_path: Path) -> None:
     first = save(tmp_path, 1, best_step=1)
-    second = save(tmp_path, 2, best=first / "weights.safetensors", best_step=1)
+    second = save(tmp_path, 2, best=(first / "weights.safetensors",), best_step=1)
     checkpoint.prune(tmp_path, 1, is_finished=False)
     found, _ = find(tmp_path)
     assert found is not None
-    assert found.best_weights() == second / "best.safetensors"
+    assert found.best_weights() == [second / "best.safetensors"]
     assert (second / "best.safetensors").read_bytes() == (first / "weights.safetensors").read_bytes()
 
 
@@ -222,7 +223,7 @@ def run(
     *,
     previous: tuple[Path, ...] = (),
     kill_at: int | None = None,
-    interval: float = 0.0,
+    seconds: int = 0,
 ) -> tuple[TrainingResult, Heard, torch.nn.Module]:
     def at_metrics(step: int, values: dict[str, float]) -> None:
         if kill_at is not None and step >= kill_at:
@@ -232,8 +233,9 @@ def run(
     if chosen.apply_lora:
         model = lm.add_lora(model, 4, 8, chosen.lora_dropout, seed=chosen.seed)
     heard = Heard(at_metrics)
+    chosen = chosen.model_copy(update={"checkpoint_seconds": seconds})
     inputs = TrainingInputs(
-        dataset, chosen, folder / "checkpoints", tuple(each / "checkpoints" for each in previous), interval
+        dataset, chosen, folder / "checkpoints", tuple(each / "checkpoints" for each in previous)
     )
     return train(model, inputs, heard, LAPTOP), heard, model
 
@@ -305,8 +307,8 @@ def test_a_run_that_had_finished_is_not_trained_again(
 
 def test_where_checkpoints_fall_changes_no_loss(model_folder: Path, dataset: Path, tmp_path: Path) -> None:
     chosen = parameters(**LORA)
-    _, often, _ = run(model_folder, dataset, tmp_path / "often", chosen, interval=0)
-    _, seldom, _ = run(model_folder, dataset, tmp_path / "seldom", chosen, interval=3600)
+    _, often, _ = run(model_folder, dataset, tmp_path / "often", chosen, seconds=0)
+    _, seldom, _ = run(model_folder, dataset, tmp_path / "seldom", chosen, seconds=3600)
     assert often.curve("loss") == seldom.curve("loss")
 
 
@@ -336,20 +338,20 @@ KILLED_WHILE_ACCUMULATING = """
 import os, signal, sys
 from pathlib import Path
 from tests.unit import test_training_checkpoint as here
-from tuneloop.training import loop
+from tuneloop.training.loss import Objective
 
 calls = 0
-summed_loss = loop.summed_loss
+summed_loss = Objective.summed_loss
 
-def deadly(model, batch):
+def deadly(*arguments, **named):
     global calls
     calls += 1
-    if calls == 9:  # the second micro-batch of the fifth step
+    if calls == 18:  # the second pack of the fifth step, of four conversations each
         os.kill(os.getpid(), signal.SIGKILL)
-    return summed_loss(model, batch)
+    return summed_loss(*arguments, **named)
 
-loop.summed_loss = deadly
-changes = {**here.LORA, "evaluation_strategy": "disable"}
+Objective.summed_loss = deadly
+changes = {**here.LORA, "evaluation_strategy": "disable", "packing": False}
 here.run(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), here.parameters(**changes))
 """
 
@@ -365,7 +367,7 @@ def test_a_process_killed_between_two_micro_batches_loses_only_that_step(
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL
-    chosen = parameters(**LORA, evaluation_strategy="disable")
+    chosen = parameters(**LORA, evaluation_strategy="disable", packing=False)
     _, undisturbed, _ = run(model_folder, dataset, tmp_path / "whole", chosen)
     result, resumed, _ = run(model_folder, dataset, tmp_path / "2", chosen, previous=(tmp_path / "1",))
     assert result.resumed_from_step == 4

@@ -1,4 +1,4 @@
-"""Arrow splits, order and packing."""
+"""Arrow splits, and packs of their rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tests.conversations import conversations, write_split
 from tuneloop.core.errors import DataError
-from tuneloop.training.data import Conversations, Course, in_order, pack
+from tuneloop.training.data import Conversations, pack
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
@@ -24,6 +21,7 @@ def test_a_split_gives_back_what_was_written(tmp_path: Path, is_stream: bool) ->
     assert [each.learn.tolist() for each in split] == learn
     assert [each.row for each in split] == list(range(1, 10))
     assert split.tokens == sum(map(len, ids))
+    assert split.lengths.tolist() == [len(each) for each in ids]
     assert split.learned_tokens == sum(sum(marks[1:]) for marks in learn)
 
 
@@ -68,56 +66,17 @@ def test_a_packed_batch_predicts_learned_tokens_from_the_one_before_and_never_ac
     batch = pack(list(Conversations(write_split(tmp_path / "t.arrow", ids, learn))))
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.boundaries == (0, 3, 5)
     assert batch.predict_from.tolist() == [0, 1, 3]
     assert batch.targets.tolist() == [11, 12, 21]
     assert (batch.rows, batch.tokens, batch.learned) == ((1, 2), 5, 3)
 
 
-@given(
-    rows=st.integers(1, 50),
-    batch_size=st.integers(1, 9),
-    accumulation=st.integers(1, 9),
-    epochs=st.integers(1, 3),
-    seed=st.integers(0, 5),
-)
-def test_every_epoch_visits_every_row_once(
-    rows: int, batch_size: int, accumulation: int, epochs: int, seed: int
-) -> None:
-    course = Course(rows, batch_size, accumulation, epochs, -1, seed)
-    steps = iter(range(course.total_steps))
-    for _ in range(epochs):
-        seen = [
-            index
-            for _ in range(course.steps_per_epoch)
-            for micro_batch in course.micro_batches(next(steps))
-            for index in micro_batch
-        ]
-        assert sorted(seen) == list(range(rows))
-    assert next(steps, None) is None
-
-
-@given(batch_size=st.integers(1, 8), accumulation=st.integers(1, 8), step=st.integers(0, 40))
-def test_a_step_learns_from_the_same_rows_however_its_batch_is_cut(
-    batch_size: int, accumulation: int, step: int
-) -> None:
-    whole = Course(23, batch_size * accumulation, 1, 3, 41, 7)
-    cut = Course(23, batch_size, accumulation, 3, 41, 7)
-    assert [row for part in cut.micro_batches(step) for row in part] == list(whole.micro_batches(step)[0])
-
-
-def test_max_steps_decides_the_length_in_place_of_epochs() -> None:
-    assert Course(10, 2, 1, 3, -1, 0).total_steps == 15
-    assert Course(10, 2, 1, 3, 4, 0).total_steps == 4
-
-
-def test_epochs_and_seeds_differ_in_order() -> None:
-    def order(seed: int, epoch: int) -> list[tuple[int, ...]]:
-        return Course(30, 30, 1, 2, -1, seed).micro_batches(epoch)
-
-    assert order(1, 0) == order(1, 0)
-    assert order(1, 0) != order(1, 1)
-    assert order(1, 0) != order(2, 0)
-
-
-def test_evaluation_takes_rows_in_order() -> None:
-    assert [list(part) for part in in_order(5, 2)] == [[0, 1], [2, 3], [4]]
+def test_every_token_but_the_first_counts_where_all_are_to_be_learned(tmp_path: Path) -> None:
+    ids = [[10, 11, 12], [20, 21]]
+    path = write_split(tmp_path / "t.arrow", ids, [[False, False, True], [False, True]])
+    split = Conversations(path, learns_all=True)
+    assert (split.learned_tokens, split.learned_per_row.tolist()) == (3, [2, 1])
+    batch = pack(list(split))
+    assert batch.predict_from.tolist() == [0, 1, 3]
+    assert batch.targets.tolist() == [11, 12, 21]

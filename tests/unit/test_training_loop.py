@@ -20,8 +20,10 @@ from tests.unit.test_training_loss import padded_loss
 from tuneloop import lm
 from tuneloop.core.errors import DataError, Diverged, OutOfMemory, Unsupported
 from tuneloop.core.recipe import FinetuneParameters
-from tuneloop.training import Machine, TrainingInputs, TrainingResult, loop, train
-from tuneloop.training.data import Conversations, Course
+from tuneloop.training import Machine, TrainingInputs, TrainingResult, train
+from tuneloop.training.course import Course
+from tuneloop.training.data import Conversations
+from tuneloop.training.loss import Objective
 
 LAPTOP = Machine("cpu", 0, has_fast_bf16=False)
 
@@ -52,9 +54,7 @@ def run(
 def independent_losses(model: torch.nn.Module, dataset: Path, chosen: FinetuneParameters) -> list[float]:
     """transformers' own loss on padded batches, its scheduler, and torch's AdamW, written down plainly."""
     split = Conversations(dataset / "train.arrow")
-    course = Course(
-        len(split), chosen.per_device_train_batch_size, 1, chosen.num_train_epochs, -1, chosen.seed
-    )
+    course = Course(len(split), chosen.per_device_train_batch_size, chosen.num_train_epochs, -1, chosen.seed)
     decaying = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -70,8 +70,7 @@ def independent_losses(model: torch.nn.Module, dataset: Path, chosen: FinetunePa
     )
     losses = []
     for step in range(course.total_steps):
-        (indices,) = course.micro_batches(step)
-        conversations = [split[index] for index in indices]
+        conversations = [split[index] for index in course.rows_of(step)]
         learned = sum(int(each.learn[1:].sum()) for each in conversations)
         loss = padded_loss(model, conversations) / learned
         loss.backward()
@@ -114,11 +113,11 @@ def test_the_result_tells_the_device_and_the_memory_of_a_gpu_only_where_there_is
     assert (result.device, result.peak_device_memory_bytes) == ("cpu", None)
 
 
-def test_a_batch_that_memory_does_not_hold_says_which_parameters_to_lower(
+def test_a_pack_that_memory_does_not_hold_says_which_parameters_to_change(
     model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "summed_loss", lambda *_: torch.empty(1 << 50))
-    with pytest.raises(OutOfMemory, match="per_device_train_batch_size"):
+    monkeypatch.setattr(Objective, "summed_loss", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(OutOfMemory, match="activation_checkpointing: always"):
         run(lm.load_model(model_folder), dataset, tmp_path, parameters(max_steps=1))
 
 
@@ -146,9 +145,51 @@ def test_devices_that_are_missing_are_made_up_for(model_folder: Path, dataset: P
     asked, heard_asked = run(
         lm.load_model(model_folder), dataset, tmp_path / "b", parameters(number_of_gpu_to_use_finetuning=4)
     )
-    assert (asked.effective_batch, asked.accumulation, asked.processes_asked) == (4, 4, 4)
+    assert (asked.effective_batch, asked.processes, asked.processes_asked) == (4, 1, 4)
     assert heard_asked.curve("loss") == heard_alone.curve("loss")
     assert asked.steps == alone.steps
+
+
+@pytest.mark.parametrize("changes", [{"pack_tokens": 40}, {"pack_tokens": 1}, {"packing": False}])
+def test_how_many_tokens_are_computed_at_a_time_changes_nothing(
+    model_folder: Path, dataset: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    chosen = {"per_device_train_batch_size": 8, "num_train_epochs": 2}
+    budget = {"pack_tokens": changes.get("pack_tokens", 0)}
+    whole = TrainingInputs(dataset, parameters(**chosen), tmp_path / "a")
+    cut = TrainingInputs(dataset, parameters(**chosen, **changes), tmp_path / "b", **budget)
+    curves = []
+    for inputs in (whole, cut):
+        heard = Heard()
+        train(lm.load_model(model_folder), inputs, heard, LAPTOP)
+        curves.append(list(heard.curve("loss").values()))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+
+
+def test_packs_get_smaller_when_memory_runs_out_and_that_is_asked_for(
+    model_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"per_device_train_batch_size": 8, "num_train_epochs": 2}
+    _, undisturbed = run(lm.load_model(model_folder), dataset, tmp_path / "a", parameters(**chosen))
+    summed_loss, largest = Objective.summed_loss, 100
+
+    def tight(self: Objective, batch: Any, *more: Any) -> torch.Tensor:
+        if batch.tokens > largest:
+            return torch.empty(1 << 50)
+        return summed_loss(self, batch, *more)
+
+    monkeypatch.setattr(Objective, "summed_loss", tight)
+    result, heard = run(
+        lm.load_model(model_folder), dataset, tmp_path / "b", parameters(**chosen, auto_find_batch_size=True)
+    )
+    assert result.pack_tokens == 64
+    assert list(heard.curve("loss").values()) == pytest.approx(
+        list(undisturbed.curve("loss").values()), abs=1e-5
+    )
+    assert any("at most 64 tokens" in warning for warning in heard.warnings)
+    monkeypatch.setattr(Objective, "summed_loss", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(OutOfMemory):
+        run(lm.load_model(model_folder), dataset, tmp_path / "c", parameters(auto_find_batch_size=True))
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
@@ -178,6 +219,8 @@ def test_metrics_tell_loss_rate_norm_epoch_and_speed(
         "epoch",
         "tokens_per_second",
         "tokens_seen",
+        "gemm_share",
+        "memory_bytes",
     }
     split = Conversations(dataset / "train.arrow")
     assert heard.curve("tokens_seen")[8] == result.tokens == 2 * split.tokens
@@ -292,7 +335,7 @@ def test_a_loss_that_is_not_a_number_names_step_and_rows(
     chosen = parameters(gradient_accumulation_steps=6)
     with pytest.raises(Diverged) as caught:
         run(model, folder, tmp_path, chosen)
-    assert caught.value.details == {"step": 1, "rows": [5]}
+    assert caught.value.details == {"step": 1, "rows": [5], "file": None}
     assert "step 1 of 1: the loss is nan, with training rows 5." in str(caught.value)
 
 

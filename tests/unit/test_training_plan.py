@@ -25,8 +25,6 @@ SERVER = Machine("cuda", 8, has_fast_bf16=True)
         ("apply_ort", True),
         ("apply_ort", "true"),
         ("deepspeed", "ds.json"),
-        ("auto_find_batch_size", "true"),
-        ("ignore_mismatched_sizes", True),
         ("metric_for_best_model", "f1"),
         ("metric_for_best_model", "exact"),
     ],
@@ -60,7 +58,6 @@ def test_the_defaults_of_the_component_are_neither_refused_nor_warned_of() -> No
     ("name", "value", "also"),
     [
         ("apply_deepspeed", True, {}),
-        ("dataloader_num_workers", 4, {}),
         ("eval_accumulation_steps", 2, {}),
         ("merge_lora_weights", False, {"apply_lora": True}),
         ("optim", "adafactor", {}),
@@ -81,9 +78,35 @@ def test_the_effective_batch_is_kept_with_fewer_devices_than_asked(machine: Mach
         num_nodes_finetune=2,
     )
     chosen = plan(parameters, machine)
-    assert (chosen.accumulation, chosen.processes_asked) == (24, 8)
+    assert (chosen.effective_batch, chosen.processes_asked) == (48, 8)
+    assert chosen.processes == (1 if machine is LAPTOP else 4)
     (warning,) = chosen.warnings
     assert "2 x 3 x 8 = 48 conversations" in warning
+
+
+def test_fewer_devices_than_asked_are_refused_where_that_is_asked_for() -> None:
+    parameters = FinetuneParameters(number_of_gpu_to_use_finetuning=2, fewer_devices="refuse")
+    with pytest.raises(Unsupported, match="2 processes were asked for, and 1 can run here"):
+        plan(parameters, LAPTOP)
+    assert plan(parameters, SERVER).processes == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "strategy"),
+    [
+        ({}, "ddp"),
+        ({"strategy": "fsdp"}, "fsdp"),
+        ({"apply_deepspeed": True}, "zero2"),
+        ({"apply_deepspeed": "true", "deepspeed_stage": 3}, "zero3"),
+    ],
+)
+def test_several_processes_share_the_work_as_it_was_asked(changes: dict[str, Any], strategy: str) -> None:
+    asked = FinetuneParameters.model_validate({"number_of_gpu_to_use_finetuning": 2, **changes})
+    assert plan(asked, SERVER).strategy == strategy
+    assert plan(asked, LAPTOP).strategy == "plain"
+    on_cpu = asked.model_copy(update={"cpu_processes": 2})
+    assert (plan(on_cpu, LAPTOP).strategy, plan(on_cpu, LAPTOP).processes) == (strategy, 2)
+    assert plan(asked.model_copy(update={"num_nodes_finetune": 3}), SERVER, nodes=2).processes == 4
 
 
 def test_precision_16_runs_as_32_with_a_warning_where_bf16_is_slow() -> None:

@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from tuneloop.core.errors import NotFound, Unavailable
 from tuneloop.core.ports import DatasetUse, Measurement, ModelEntry, RunStatus
@@ -123,6 +123,14 @@ class MlflowServer:
         if datasets:
             with self._client() as client:
                 client.log_inputs(run_id, [_dataset_input(dataset) for dataset in datasets])
+
+    def log_picture(self, run_id: str, picture: Path, folder: str = "") -> None:
+        with self._client() as client:
+            artifacts = client.get_run(run_id).info.artifact_uri
+            # A folder of the server's own machine would be one of this machine for the client.
+            if self._is_elsewhere and urlsplit(artifacts).scheme in ("", "file"):
+                return
+            client.log_artifact(run_id, str(picture), folder or None)
 
     def set_status(self, run_id: str, status: RunStatus, ended_at: datetime | None = None) -> None:
         with self._client() as client:

@@ -88,7 +88,8 @@ def show_(name: str, verbose: bool, as_json: bool) -> None:
     Example:
       tuneloop jobs show swift_heron_4f1c9a02 -v
     """
-    job = session.connect().client.job(name)
+    connection = session.connect()
+    job = connection.client.job(name)
     if as_json:
         output.print_json(job)
         return
@@ -107,12 +108,12 @@ def show_(name: str, verbose: bool, as_json: bool) -> None:
         }
     )
     output.say()
-    _tell_steps(job)
+    _tell_steps(connection, job)
     output.say()
     run.tell_parameters(job, verbose)
 
 
-def _tell_steps(job: JobView) -> None:
+def _tell_steps(connection: session.Session, job: JobView) -> None:
     """The graph of steps, then what each of them measured, warned of or failed with."""
     graph.tell(job["steps"])
     warnings = live.Warnings(job["warnings"])
@@ -121,6 +122,9 @@ def _tell_steps(job: JobView) -> None:
         output.say()
     for name, text in told:
         output.say(f"{name}: {output.clean(text)}")
+    for step in job["steps"]:
+        for picture in streaming.pictures(connection, job["name"], step):
+            output.say(f"{step['name']}: picture {picture}")
     output.say()
     for name, made in job["outputs"].items():
         output.say(f"output {name}: {made['path'] or made['digest'] or 'not made'}")

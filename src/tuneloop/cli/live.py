@@ -116,13 +116,14 @@ def view_for(stream: TextIO, told: Iterable[str] = ()) -> AbstractContextManager
 
 
 def stage_text(line: ProgressView, *, percent: bool = False) -> str:
-    """`training  120/600 steps  loss 2.31  412 tokens/s  1:10 left`."""
+    """`training  120/600 steps  loss 2.31  412 tokens/s  41 % of GEMM peak  3.1 of 3.4 GB planned`, and the
+    time that is left."""
     done, total = line.get("done"), line.get("total")
     parts = [line.get("stage", "")]
     if done is not None:
         parts.append(_count_text(done, total, line.get("unit") or ""))
         parts.append(f"{100 * done / total:3.0f} %" if percent and total else "")
-    parts += [output.figure(name, value) for name, value in (line.get("values") or {}).items()]
+    parts += output.figures(line.get("values") or {})
     remaining = line.get("remaining_seconds")
     if remaining is not None and remaining >= 1:
         parts.append(f"{output.duration(remaining)} left")

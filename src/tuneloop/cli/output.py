@@ -238,8 +238,29 @@ def count(value: int, noun: str) -> str:
     return f"{value:,} {noun}" if value == 1 else f"{value:,} {noun}s"
 
 
+def figures(values: Mapping[str, float]) -> Iterator[str]:
+    """Each metric as `figure` tells it; a measured one together with what was planned of it."""
+    for name, value in values.items():
+        if name.startswith("planned_") and name.removeprefix("planned_") in values:
+            continue
+        planned = values.get(f"planned_{name}")
+        if planned is None or not name.endswith("_bytes"):
+            yield figure(name, value)
+        else:
+            yield f"{_of(value, planned)} planned"
+
+
+def _of(value: float, whole: float) -> str:
+    """`3.1 of 3.4 GB`; `812.0 MB of 1.2 GB`."""
+    number_, unit = size(value).split(" ")
+    return f"{number_ if size(whole).endswith(f' {unit}') else size(value)} of {size(whole)}"
+
+
 def figure(name: str, value: float) -> str:
     """A metric by its name's unit: `loss 2.31`, `412 tokens/s`, `peak memory 1.5 GB`."""
+    if name == "gemm_share":
+        # The processor's speed at matrix products (GEMM).
+        return f"{100 * value:.{0 if value >= 0.1 else 1}f} % of GEMM peak"
     if name == "bytes_per_second":
         return f"{size(value)}/s"
     if name.endswith("_per_second"):

@@ -12,7 +12,7 @@ from tuneloop.cli import completion, output, planning, words
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tuneloop.core.plan import Plan, Recommendation
+    from tuneloop.core.plan import Plan, Recommendation, Setup
 
 BAR = 40
 """Characters of a bar as long as the limit."""
@@ -63,7 +63,7 @@ def plan_(
     Examples:
       tuneloop plan my.yaml
       tuneloop plan my.yaml --size STANDARD_NC24ADS_A100_V4
-      tuneloop plan my.yaml --set finetune.per_device_train_batch_size=8
+      tuneloop plan my.yaml --set finetune.activation_checkpointing=always
       tuneloop plan my.yaml --recommend
     """
     asked = planning.ask(recipe, words.assignments(changes, "--set"), compute=compute, size=size)
@@ -99,17 +99,23 @@ def tell(plan: Plan) -> None:
 
 def _headline(plan: Plan) -> str:
     setup, place = plan.setup, plan.place
-    method = f"LoRA of rank {setup.lora_r}" if setup.apply_lora else "all weights"
+    adapter = "DoRA" if setup.is_dora else "LoRA"
+    method = f"{adapter} of rank {setup.lora_r}" if setup.apply_lora else "all weights"
     where = f"{place.name}" + (f" ({place.gpus} {place.gpu})" if place.gpu else "")
-    batch = f"{setup.batch_size} x {setup.accumulation}" + (
-        f" x {setup.devices}" if setup.devices > 1 else ""
-    )
     bits = "16" if setup.is_bf16 else "32"
-    sharded = f", ZeRO-{setup.sharding[-1]}" if setup.sharding != "none" else ""
+    base = " over a 4-bit base" if setup.is_4bit else ""
     return (
-        f"{plan.model} on {where}: {method} ({_count(plan.trained_parameters)} of {_count(plan.parameters)} "
-        f"parameters), batch {batch}, {bits} bits{sharded}"
+        f"{plan.model} on {where}: {method}{base} ({_count(plan.trained_parameters)} of "
+        f"{_count(plan.parameters)} parameters), {setup.effective_batch} rows a step, {bits} bits"
+        f"{_processes(setup)}"
     )
+
+
+def _processes(setup: Setup) -> str:
+    if setup.devices == 1:
+        return ""
+    how = {"none": "DDP", "fsdp": "FSDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}[setup.sharding]
+    return f", {setup.devices} processes ({how})"
 
 
 def _rows(plan: Plan) -> str:
@@ -120,11 +126,14 @@ def _rows(plan: Plan) -> str:
         "worst case": "the limit of a row: the worst case",
     }[rows.known_by]
     many = "" if rows.count is None else f"{rows.count:,}, "
-    return f"{many}the longest {rows.longest:,} tokens ({known}); longest micro-batch {_batch(plan):,} tokens"
+    again = ", activations computed again" if plan.setup.is_checkpointed else ""
+    return f"{many}the longest {rows.longest:,} tokens ({known}); {_pack(plan):,} tokens at a time{again}"
 
 
-def _batch(plan: Plan) -> int:
-    return plan.rows.micro_batch(plan.setup.batch_size)
+def _pack(plan: Plan) -> int:
+    from tuneloop.core.plan import pack_of
+
+    return pack_of(plan.setup, plan.rows, plan.place.device)
 
 
 def _count(number: int) -> str:
@@ -138,7 +147,8 @@ def _bars(plan: Plan) -> None:
     memory = plan.peak.device
     full = max(plan.limit_bytes, memory.total_bytes)
     block = "█" if output.can_show(sys.stdout, "█") else "#"
-    device = "each GPU's memory" if plan.place.device == "cuda" else "memory"
+    together = " of all processes" if plan.setup.processes_here > 1 else ""
+    device = "each GPU's memory" if plan.place.device == "cuda" else f"memory{together}"
     output.say(f"Peak of {device} (when {_moment(memory.moment)}):")
     for cause, size in memory.causes.items():
         if size:
@@ -155,9 +165,10 @@ def _moment(moment: str) -> str:
     return {
         "loading": "the weights are loaded",
         "backward begins": "a backward pass begins",
+        "layers are computed again": "a layer is computed again",
         "backward ends": "a backward pass ends",
         "optimizer steps": "the optimiser steps",
-        "evaluating": "a validation batch runs",
+        "evaluating": "a validation pack runs",
     }[moment]
 
 

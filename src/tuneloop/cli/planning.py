@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tuneloop.core.types import Card
 
 PROBE_TOKENS = 1024
-"""A micro-batch of more tokens is measured with so many: the rate changes little above."""
+"""A pack of more tokens is measured with so many: the rate changes little above."""
 
 
 @dataclass
@@ -69,6 +69,7 @@ def ask(
     path = recipe_file.path_of(recipe)
     shown = recipe if path == Path(recipe) else path.name
     written = recipes.parse(recipe_file.text_of(path), path=shown, overrides=overrides)
+    written = recipes.attach(written, path.parent.absolute())
     client = session.connect().client
     card = client.card(written.model)
     resolved = recipes.resolve(written, card)
@@ -243,11 +244,14 @@ def _counted(resolved: Resolved, card: Card, files: Mapping[str, Path]) -> Rows:
     said = looks.output_json(folder, "report")
     train = said["tokens"][str(files["train"])]
     aside = said["tokens"].get(str(files["validation"])) if "validation" in files else None
-    return rows_counted(train, aside, said["max_seq_length"], resolved.finetune.per_device_train_batch_size)
+    tuned = resolved.finetune
+    devices = tuned.number_of_gpu_to_use_finetuning * tuned.num_nodes_finetune
+    effective = tuned.per_device_train_batch_size * tuned.gradient_accumulation_steps * devices
+    return rows_counted(train, aside, said["max_seq_length"], effective)
 
 
 def rows_counted(
-    train: Mapping[str, Any], validation: Mapping[str, Any] | None, limit: int | None, batch_size: int
+    train: Mapping[str, Any], validation: Mapping[str, Any] | None, limit: int | None, effective_batch: int
 ) -> Rows:
     """From what the `check` look says of each file's lengths."""
     from tuneloop.core.plan import Rows
@@ -257,7 +261,7 @@ def rows_counted(
     aside = validation["lengths"]["max"] if validation else None
     return Rows(
         longest=longest,
-        longest_batch=_longest_batch(train, longest, batch_size),
+        longest_step=_longest_step(train, longest, effective_batch),
         # The longest row's own share is not told: all of it might count.
         learned_share=min(1.0, 1.25 * train["learned_tokens"] / max(1, train["tokens"])),
         count=train["rows"],
@@ -268,10 +272,10 @@ def rows_counted(
     )
 
 
-def _longest_batch(train: Mapping[str, Any], longest: int, batch_size: int) -> int:
-    """No micro-batch is longer than the longest rows together: the histogram tells how many are in which
+def _longest_step(train: Mapping[str, Any], longest: int, effective_batch: int) -> int:
+    """No step has more tokens than the longest rows together: the histogram tells how many are in which
     bin."""
-    left, total = batch_size, 0
+    left, total = effective_batch, 0
     for each in reversed(train["lengths"]["histogram"]):
         taken = min(left, each["conversations"])
         total += taken * min(longest, each["up_to"])
@@ -284,19 +288,21 @@ def _longest_batch(train: Mapping[str, Any], longest: int, batch_size: int) -> i
 
 def measured_rate(card: Card, setup: Setup, rows: Rows, place: Place) -> Rate | None:
     """What this machine does with layers of that shape; None where it cannot be measured."""
-    from tuneloop.core.plan import Rate, peak
+    from tuneloop.core.plan import Rate, Rows, peak
 
-    tokens = _typical_batch(setup, rows)
+    mean = (rows.tokens or 0) / max(1, rows.count or 1)
+    tokens = _typical_pack(setup, rows, mean, place)
     few = card.architecture.model_copy(update={"layers": 3})
-    small = rows.model_copy(update={"longest": tokens, "longest_batch": tokens, "longest_evaluated": 1})
-    needed = peak(few, setup, small, device=place.device).device.total_bytes
+    small = Rows(longest=tokens, count=1, longest_evaluated=1)
+    alone = setup.model_copy(update={"devices": 1, "nodes": 1, "sharding": "none"})
+    needed = peak(few, alone, small, device=place.device).device.total_bytes
     if needed > place.device_memory_bytes:
         output.warn(f"the rate is not measured: three layers would take {output.size(needed)}.")
         return None
     parameters = {
         "architecture": card.architecture.model_dump(mode="json", exclude_defaults=True),
         "tokens": tokens,
-        "rows": min(setup.batch_size, max(1, tokens // 2)),
+        "rows": max(1, min(tokens // 2, round(tokens / max(1.0, mean)))),
         "apply_lora": setup.apply_lora,
         "lora_r": setup.lora_r,
         "is_bf16": setup.is_bf16,
@@ -312,16 +318,20 @@ def measured_rate(card: Card, setup: Setup, rows: Rows, place: Place) -> Rate | 
         output.warn(f"the rate is not measured: {error.message}")
         return None
     said = looks.output_json(folder, "rate")
+    # Processes of one processor share its cores.
+    sharers = setup.processes_here if place.device == "cpu" else 1
     return Rate(
-        tokens_per_second=said["tokens_per_second"],
+        tokens_per_second=said["tokens_per_second"] / sharers,
         how=f"{output.number(round(said['tokens_per_second'], 1))} tokens/s, measured with three layers here",
     )
 
 
-def _typical_batch(setup: Setup, rows: Rows) -> int:
-    """Tokens of an average micro-batch, in steps: so that a few more rows ask no new question."""
-    mean = (rows.tokens or 0) / max(1, rows.count or 1)
-    tokens = max(32, min(PROBE_TOKENS, round(mean * setup.batch_size)))
+def _typical_pack(setup: Setup, rows: Rows, mean: float, place: Place) -> int:
+    """Tokens of an average pack, in steps: so that a few more rows ask no new question. `mean`: of a row."""
+    from tuneloop.core.plan import pack_of
+
+    drawn = mean * (setup.effective_batch / setup.devices if setup.is_packed else 1)
+    tokens = max(32, min(PROBE_TOKENS, pack_of(setup, rows, place.device), round(max(mean, drawn))))
     return 1 << (tokens - 1).bit_length() if tokens < PROBE_TOKENS else PROBE_TOKENS
 
 

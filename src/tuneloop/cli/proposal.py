@@ -80,10 +80,10 @@ def choices(card: Card, files: Files) -> dict[str, dict[str, Choice]]:
             epochs, f"rounds over {rows:,} rows; fewer when the validation loss rises again"
         ),
         "per_device_train_batch_size": Choice(
-            micro, f"rows at a time: {micro} x {length} tokens in memory at most"
+            micro, "rows that a step learns from, times the next line; takes no memory"
         ),
         "gradient_accumulation_steps": Choice(
-            accumulated, f"so that a step learns from {micro * accumulated} rows; takes no more memory"
+            accumulated, f"so that a step learns from {micro * accumulated} rows"
         ),
         "per_device_eval_batch_size": Choice(micro, "does not change any result"),
         "evaluation_strategy": Choice("epoch", "a point of the validation curve after each round"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from tuneloop.cli import curves, failures, live, output
@@ -100,7 +101,13 @@ def figures(metrics: Mapping[str, float]) -> Iterator[str]:
             spelled = f"{output.number(before)} -> {output.number(after)}"
             yield f"{of.replace('_', ' '):<18} {spelled}  (base -> tuned)"
     if rest:
-        yield "  ".join(output.figure(name, value) for name, value in rest.items())
+        yield "  ".join(output.figures(rest))
+
+
+def pictures(session: Session, job: str, step: StepView) -> list[Path]:
+    """What a step has drawn, or the one that it was reused from."""
+    attempt = step["reused_from"] or f"{job}/{step['name']}/{step['attempts']}"
+    return sorted((session.settings.home / "jobs" / attempt / "pictures").glob("*.png"))
 
 
 def tell_failed(session: Session, job: JobView, stream: TextIO) -> None:
@@ -127,6 +134,8 @@ def _tell_step(session: Session, job: str, step: StepView, stream: TextIO) -> No
     log = session.settings.home / "jobs" / job / step["name"] / str(step["attempts"]) / "log.txt"
     if log.exists():
         print(f"  log:        {log}", file=stream)
+    for picture in pictures(session, job, step):
+        print(f"  picture:    {picture}", file=stream)
     print(f"  read it:    {program()} jobs logs {job} --step {step['name']}", file=stream)
 
 

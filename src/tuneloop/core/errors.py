@@ -28,7 +28,8 @@ value seen, the limit or the choices, and `next_move` says what to do now.
     │   ├── DatasetUnavailable         1     500   data cannot be had, or is not what was asked
     │   ├── ExportMismatch             1     500   merged weights do not answer as the adapter does
     │   ├── OutOfMemory                1     500   of the machine, or of the accelerator
-    │   └── Diverged                   1     500   the loss is not a number
+    │   ├── RankLost                   1     500   one of several processes died, or its machine is gone
+    │   └── Diverged                   1     500   the loss is not a number, or has blown up
     └── Internal                       70    500   a defect of Tuneloop
 
 `tuneloop run` and `jobs stream` exit with 1 when the job failed and with 130 when it was cancelled or
@@ -186,6 +187,13 @@ class ExportMismatch(StepFailed):
 
 class OutOfMemory(StepFailed):
     code = "out_of_memory"
+
+
+class RankLost(StepFailed):
+    """An attempt that ends so is lost, not failed: the next one goes on from its checkpoint. `details` hold
+    `node`, `rank` and `last_lines`."""
+
+    code = "rank_lost"
 
 
 class Diverged(StepFailed):

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneloop.core.plan import Place, Rows, peak, rows_by_characters, setup_at, weights_on_disk
+from tuneloop.core.plan import Place, Rows, choose, peak, rows_by_characters, setup_at, weights_on_disk
 from tuneloop.core.types import Card, RowStatistics, StepKind
 
 PROCESS_BYTES = 500_000_000
@@ -35,20 +35,31 @@ def step_memory_bytes(kind: StepKind, parameters: int, cores: int = 1) -> int:
     return PROCESS_BYTES + workers + int(_COPIES[kind] * WEIGHT_BYTES * parameters)
 
 
-def finetune_memory_bytes(card: Card, finetune: Mapping[str, Any], rows: Rows, *, gpus: int = 0) -> int:
-    """What a finetune is expected to take of this machine's memory; where a GPU holds the model, what passes
-    through on its way there. `finetune` are the step's parameters."""
+def finetune_memory_bytes(
+    card: Card,
+    finetune: Mapping[str, Any],
+    rows: Rows,
+    *,
+    gpus: int = 0,
+    available_bytes: int | None = None,
+) -> int:
+    """What a finetune is expected to take of this machine's memory, of which `available_bytes` may be claimed
+    (None: no limit); where a GPU holds the model, what passes through on its way there. `finetune` are the
+    step's parameters."""
     place = Place(
         name="local", device="cuda" if gpus else "cpu", device_memory_bytes=1, host_memory_bytes=1, gpus=gpus
     )
-    found = peak(
+    setup, file_bytes = setup_at(finetune, place), weights_on_disk(card)
+    if gpus:
+        return peak(card.architecture, setup, rows, device="cuda", file_bytes=file_bytes).host_bytes
+    return choose(
         card.architecture,
-        setup_at(finetune, place),
+        setup,
         rows,
-        device=place.device,
-        file_bytes=weights_on_disk(card),
-    )
-    return found.host_bytes if gpus else found.device.total_bytes
+        device="cpu",
+        available_bytes=available_bytes,
+        file_bytes=file_bytes,
+    ).planned_bytes
 
 
 def rows_expected(

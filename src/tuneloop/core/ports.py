@@ -183,6 +183,9 @@ class TrackingServer(Protocol):
 
     def log_datasets(self, run_id: str, datasets: Sequence[DatasetUse]) -> None: ...
 
+    def log_picture(self, run_id: str, picture: Path, folder: str = "") -> None:
+        """Among the run's artifacts, in `folder`. A server that takes no files over HTTP goes without."""
+
     def set_status(self, run_id: str, status: RunStatus, ended_at: datetime | None = None) -> None: ...
 
     def ensure_model_version(

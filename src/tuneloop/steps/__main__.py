@@ -22,12 +22,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
-from tuneloop.core import disk
 from tuneloop.core.digest import of_path
 from tuneloop.core.errors import DiskFull, Internal, TuneloopError
 from tuneloop.core.process import claim, write_atomically
 from tuneloop.core.types import ErrorInfo, ResultFile, ResultOutput, StepFile
 from tuneloop.steps.context import Interrupted, Run, StepContext
+from tuneloop.steps.failure import describe
 
 EXIT_OWNED = 3
 EXIT_INTERRUPTED = 143
@@ -81,7 +81,7 @@ def _run(context: StepContext) -> ResultFile:
         started_at=started_at,
         # Not the clock's own reading: somebody may have set it while the step ran.
         finished_at=started_at + timedelta(seconds=time.monotonic() - began),
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=max(context.peak_memory_bytes, _peak_memory_bytes()),
     )
 
 
@@ -97,7 +97,7 @@ def _attempt(context: StepContext) -> tuple[ErrorInfo | None, dict[str, ResultOu
         return ErrorInfo.model_validate(mistake.to_json()), {}
     except BaseException as defect:
         _say(traceback.format_exc())
-        return _describe(defect, context), {}
+        return describe(defect, context), {}
 
 
 def _say(text: str) -> None:
@@ -147,30 +147,6 @@ def _check_disk_order(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _describe(defect: BaseException, context: StepContext) -> ErrorInfo:
-    job, step, _ = context.step.attempt.split("/")
-    is_look = job == "look"
-    lines = traceback.format_exception(defect)
-    if isinstance(defect, MemoryError):
-        return ErrorInfo(
-            code="out_of_memory",
-            message=f"The machine has no memory left for this step: {defect or 'allocation failed'}.",
-            next="Lower max_seq_length or per_device_train_batch_size, or close other programs.",
-        )
-    again = "try again." if is_look else f"tuneloop jobs retry {job}"
-    known = disk.explain(defect, context.folder, f"Free some space there, then: {again}")
-    if known is not None:
-        return ErrorInfo.model_validate(known.to_json())
-    return ErrorInfo(
-        code=Internal.code,
-        message=f"{type(defect).__name__}: {defect}",
-        next=f"The whole traceback is in {context.folder / 'log.txt'}"
-        if is_look
-        else f"The whole traceback is in the step's log: tuneloop jobs logs {job} --step {step}",
-        details={"traceback": "".join(lines)[-4000:]},
-    )
 
 
 def _peak_memory_bytes() -> int:

@@ -34,6 +34,8 @@ class StepContext:
         self.warnings: list[str] = []
         self.is_repeatable = True
         """A step that took what it could get sets False: its outputs are used, and not remembered."""
+        self.peak_memory_bytes = 0
+        """Of processes that worked together, their sum; the wrapper knows of single ones only."""
         self._lines: dict[str, int] = {}
         """Descriptors of the files that are appended to."""
 

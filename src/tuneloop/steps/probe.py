@@ -25,8 +25,9 @@ from tuneloop.core.errors import Unsupported
 from tuneloop.core.recipe.values import Count, Flag, Parameters, PositiveNumber
 from tuneloop.core.types import Architecture
 from tuneloop.steps.context import StepContext
-from tuneloop.training import loss, optimizer
+from tuneloop.training import optimizer
 from tuneloop.training.data import Batch, Conversation, pack
+from tuneloop.training.loss import Objective
 
 LAYERS = (1, 3)
 WARM_STEPS = 1
@@ -89,27 +90,29 @@ def _micro_batch_seconds(parameters: ProbeParameters, layers: int) -> float:
             parameters.optimizer, trained, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-8
         )
         batch = _batch(parameters).to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=parameters.is_bf16):
+            objective = Objective(model)
         for _ in range(WARM_STEPS):
-            _step(model, steps, batch, parameters.is_bf16)
-        return statistics.median(_timed(model, steps, batch, parameters))
+            _step(objective, steps, batch, parameters.is_bf16)
+        return statistics.median(_timed(objective, steps, batch, parameters))
 
 
 def _timed(
-    model: torch.nn.Module, steps: torch.optim.Optimizer, batch: Batch, parameters: ProbeParameters
+    objective: Objective, steps: torch.optim.Optimizer, batch: Batch, parameters: ProbeParameters
 ) -> list[float]:
     found: list[float] = []
     until = time.monotonic() + parameters.seconds / len(LAYERS)
     while len(found) < LEAST_STEPS or time.monotonic() < until:
         began = time.perf_counter()
-        _step(model, steps, batch, parameters.is_bf16)
+        _step(objective, steps, batch, parameters.is_bf16)
         found.append(time.perf_counter() - began)
     return found
 
 
-def _step(model: torch.nn.Module, steps: torch.optim.Optimizer, batch: Batch, is_bf16: bool) -> None:
+def _step(objective: Objective, steps: torch.optim.Optimizer, batch: Batch, is_bf16: bool) -> None:
     device = batch.input_ids.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=is_bf16):
-        lost = loss.summed_loss(model, batch) / batch.learned
+        lost = objective.summed_loss(batch) / batch.learned
     torch.autograd.backward(lost)
     steps.step()
     steps.zero_grad(set_to_none=True)
@@ -162,7 +165,6 @@ def _model(parameters: ProbeParameters, layers: int) -> Any:
     torch.manual_seed(0)
     low = torch.bfloat16 if parameters.is_bf16 and parameters.apply_lora else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=low)
-    loss.check_forward(model)
     if not parameters.apply_lora:
         return model.requires_grad_(True)
     return lm.add_lora(model, parameters.lora_r, 16, 0.0, parameters.lora_targets, seed=0)

@@ -11,8 +11,9 @@ Run `python -m tuneloop.steps DIR` with a finetune step. Nothing here may import
 is above.
 """
 
-from tuneloop.training.loop import ENGINE, Events, TrainingInputs, TrainingResult, prepare, train
+from tuneloop.training.loop import ENGINE, prepare, train
 from tuneloop.training.plan import Machine, Plan, plan
+from tuneloop.training.seam import Events, TrainingInputs, TrainingResult
 
 __all__ = [
     "ENGINE",

@@ -5,6 +5,7 @@
       best.safetensors        the best weights so far, when those are other ones (a hard link where possible)
       optimizer.safetensors   the optimiser's tensors
       random.safetensors      torch's generators
+      weights-00001-of-00002.safetensors ...   in place of each, where processes write their own shards
       state.json              step, sums, early stopping, the optimiser's numbers, other generators
       manifest.json           size and sha256 of each file, and what the checkpoint fits
 
@@ -20,16 +21,16 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -44,16 +45,33 @@ class Found:
     def step(self) -> int:
         return int(self.state["step"])
 
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / f"{name}.safetensors")
+    def files(self, stem: str) -> list[Path]:
+        """`stem.safetensors`, or its shards in the order of their processes."""
+        return shards(self.folder, stem)
 
-    def best_weights(self) -> Path | None:
-        """The file with the best weights so far, or None when nothing has been evaluated yet."""
-        if (self.folder / "best.safetensors").exists():
-            return self.folder / "best.safetensors"
-        if self.state.get("best_step") == self.step:
-            return self.folder / "weights.safetensors"
-        return None
+    def tensors(self, stem: str) -> dict[str, torch.Tensor]:
+        """Of a file that is not sharded."""
+        return load_file(self.folder / f"{stem}.safetensors")
+
+    def best_weights(self) -> list[Path]:
+        """The files with the best weights so far; none when nothing has been evaluated yet."""
+        best = self.files("best")
+        return best or (self.files("weights") if self.state.get("best_step") == self.step else [])
+
+
+def shards(folder: Path, stem: str) -> list[Path]:
+    whole = folder / f"{stem}.safetensors"
+    return [whole] if whole.exists() else sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+
+
+class Writers(Protocol):
+    """The processes that write one checkpoint together."""
+
+    rank: int
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+    def barrier(self) -> None: ...
 
 
 def save(
@@ -61,51 +79,72 @@ def save(
     *,
     state: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    best_weights: Path | None,
+    best_weights: Sequence[Path],
     fits: str,
     is_milestone: bool,
+    writers: Writers,
 ) -> Path:
     """Write `root/checkpoint-<step>`, in place of one that was found damaged; `tensors` by file name
-    without its ending. Returns its folder."""
+    without its ending, each process its own. `root` is one folder for all of them. Returns the checkpoint's
+    folder."""
     final = root / f"checkpoint-{state['step']}"
-    work = root / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)
+    work = root / f".{final.name}"
+    is_first = writers.rank == 0
     try:
-        _fill(work, state, tensors, best_weights, fits, is_milestone)
+        if is_first:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        writers.barrier()
+        written = writers.gather(_write(work, tensors))
+        if is_first:
+            _complete(
+                work,
+                state,
+                best_weights,
+                fits,
+                is_milestone,
+                {k: v for each in written for k, v in each.items()},
+            )
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(work, final)
+            _flush(root)
+        writers.barrier()
     except BaseException:
         # A full disk, say: earlier checkpoints stay as they are, and this one takes no room.
         shutil.rmtree(work, ignore_errors=True)
         raise
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(work, final)
-    _flush(root)
     return final
 
 
-def _fill(
+def _write(work: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    """This process's files; their sizes and digests by name."""
+    measured = {}
+    for stem, named in tensors.items():
+        path = work / f"{stem}.safetensors"
+        save_file({key: tensor.detach().contiguous() for key, tensor in named.items()}, path)
+        _flush(path)
+        measured[path.name] = _measure(path)
+    return measured
+
+
+def _complete(
     work: Path,
     state: Mapping[str, Any],
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    best_weights: Path | None,
+    best_weights: Sequence[Path],
     fits: str,
     is_milestone: bool,
+    measured: dict[str, Any],
 ) -> None:
-    work.mkdir(parents=True)
-    for name, named in tensors.items():
-        save_file(
-            {key: tensor.detach().contiguous() for key, tensor in named.items()}, work / f"{name}.safetensors"
-        )
-    if best_weights is not None:
-        _link(best_weights, work / "best.safetensors")
+    """What is written once."""
+    for path in best_weights:
+        target = work / path.name.replace("weights", "best", 1)
+        _link(path, target)
+        measured[target.name] = _measure(target)
     (work / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    manifest = {
-        "format": FORMAT,
-        "fits": fits,
-        "is_milestone": is_milestone,
-        "files": {path.name: _measure(path) for path in sorted(work.iterdir())},
-    }
+    measured["state.json"] = _measure(work / "state.json")
+    manifest = {"format": FORMAT, "fits": fits, "is_milestone": is_milestone, "files": measured}
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*work.iterdir(), work]:
+    for path in (work / "state.json", work / "manifest.json", work):
         _flush(path)
 
 
@@ -117,6 +156,11 @@ def find(roots: Iterable[Path], fits: str, skipped: Callable[[str], None]) -> Fo
         except (OSError, ValueError, KeyError, TypeError) as error:
             skipped(f"checkpoint {folder.name} is passed over: {error}")
     return None
+
+
+def reopen(folder: Path) -> Found:
+    """One that another process has found and verified."""
+    return Found(folder, json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
 
 def prune(root: Path, limit: int, *, is_finished: bool) -> None:
@@ -173,8 +217,7 @@ def _read(folder: Path, fits: str) -> Found:
             raise ValueError(f"{name} has {size} bytes, expected {expected['size_bytes']}")
         if _measure(folder / name) != expected:
             raise ValueError(f"the contents of {name} have changed")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return Found(folder, state)
+    return reopen(folder)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -1,15 +1,12 @@
-"""Tokenised conversations out of Arrow, their order, and micro-batches packed without padding.
+"""Tokenised conversations out of Arrow, and packs of them without padding.
 
-Letters: T tokens of all conversations of a micro-batch, K those of them that count for the loss.
+Letters: T tokens of all conversations of a pack, K those of them that count for the loss.
 """
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,28 +38,37 @@ def split_path(dataset: Path, name: str) -> Path:
 class Conversations(Sequence[Conversation]):
     """A split of a dataset, memory-mapped: only the rows that are asked for are read."""
 
-    def __init__(self, path: Path) -> None:
-        """`path`: a folder of shards, read in the order of their names, or a single Arrow file. Raises
-        `DataError` when it is neither."""
+    def __init__(self, path: Path, *, learns_all: bool = False) -> None:
+        """`path`: a folder of shards, read in the order of their names, or a single Arrow file.
+        `learns_all`: every token counts, not only those that were marked. Raises `DataError` when `path` is
+        neither."""
         self.path = path
+        self._learns_all = learns_all
         table = _read_split(path)
         self._input_ids = table["input_ids"]
         self._learn = table["learn"]
         self._row = table["row"]
-        self.tokens = sum(len(chunk.flatten()) for chunk in self._input_ids.chunks)
-        learned = [_learned_per_row(chunk) for chunk in self._learn.chunks]
-        self.learned_per_row = np.concatenate(learned) if learned else np.zeros(0, dtype=np.int64)
+        self.lengths = _joined([np.diff(chunk.offsets.to_numpy()) for chunk in self._input_ids.chunks])
+        """(rows,) tokens of each."""
+        self.tokens = int(self.lengths.sum())
+        self.learned_per_row = (
+            np.maximum(self.lengths - 1, 0)
+            if learns_all
+            else _joined([_learned_per_row(chunk) for chunk in self._learn.chunks])
+        )
         self.learned_tokens = int(self.learned_per_row.sum())
 
     def __len__(self) -> int:
         return len(self._row)
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
-        return Conversation(
-            row=self._row[index].as_py(),
-            input_ids=self._input_ids[index].values.to_numpy(),
-            learn=self._learn[index].values.to_numpy(zero_copy_only=False),
+        input_ids = self._input_ids[index].values.to_numpy()
+        learn = (
+            np.ones(len(input_ids), dtype=bool)
+            if self._learns_all
+            else self._learn[index].values.to_numpy(zero_copy_only=False)
         )
+        return Conversation(row=self._row[index].as_py(), input_ids=input_ids, learn=learn)
 
     def check(self, vocabulary_size: int) -> None:
         """Raise `DataError` for rows that nothing can be learned from and for tokens that the model lacks."""
@@ -82,6 +88,10 @@ class Conversations(Sequence[Conversation]):
                 f"{vocabulary_size}; the data was tokenised for another model. Run the preprocess step "
                 "again with this one."
             )
+
+
+def _joined(chunks: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, dtype=np.int64)
 
 
 def _learned_per_row(learn: pa.ListArray) -> np.ndarray:
@@ -137,11 +147,15 @@ class Batch:
     """(1, T)"""
     position_ids: torch.Tensor
     """(1, T)"""
+    boundaries: tuple[int, ...]
+    """0, then where each conversation ends; the last is T."""
     predict_from: torch.Tensor
     """(K,) where the model's output is needed: one before each learned token."""
     targets: torch.Tensor
     """(K,) the learned tokens."""
     rows: tuple[int, ...]
+    weight: float = 1.0
+    """Of its loss. 0.0: a filler, computed because other processes compute a pack at the same time."""
 
     @property
     def tokens(self) -> int:
@@ -154,17 +168,21 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        return Batch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            self.predict_from.to(device),
-            self.targets.to(device),
-            self.rows,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            predict_from=self.predict_from.to(device),
+            targets=self.targets.to(device),
         )
+
+    def as_filler(self) -> Batch:
+        """The same computation, which counts for nothing."""
+        return replace(self, rows=(), weight=0.0)
 
 
 def pack(conversations: Sequence[Conversation]) -> Batch:
-    """One micro-batch of the given conversations, in their order."""
+    """One pack of the given conversations, in their order."""
     ids = np.concatenate([each.input_ids for each in conversations]).astype(np.int64)
     positions = np.concatenate([np.arange(len(each.input_ids)) for each in conversations])
     learn = np.concatenate([each.learn for each in conversations]).astype(bool)
@@ -173,60 +191,8 @@ def pack(conversations: Sequence[Conversation]) -> Batch:
     return Batch(
         input_ids=torch.from_numpy(ids)[None],
         position_ids=torch.from_numpy(positions)[None],
+        boundaries=(0, *np.cumsum([len(each.input_ids) for each in conversations]).tolist()),
         predict_from=torch.from_numpy(learned_at - 1),
         targets=torch.from_numpy(ids[learned_at]),
         rows=tuple(each.row for each in conversations),
     )
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, rows: int) -> tuple[int, ...]:
-    """The order of an epoch: a function of seed, epoch and number of rows alone."""
-    order = list(range(rows))
-    random.Random(f"order/{seed}/{epoch}").shuffle(order)  # noqa: S311 - to be repeated, not to be secret
-    return tuple(order)
-
-
-@dataclass(frozen=True)
-class Course:
-    """Which rows each optimiser step learns from. Pure, so a step can be found again after any
-    interruption."""
-
-    rows: int
-    batch_size: int
-    """Conversations of a micro-batch."""
-    accumulation: int
-    """Micro-batches of an optimiser step."""
-    epochs: int
-    max_steps: int
-    """When positive, it decides the length in place of `epochs`."""
-    seed: int
-
-    @property
-    def effective_batch(self) -> int:
-        return self.batch_size * self.accumulation
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The last step of an epoch may be a smaller one: no row is left out."""
-        return math.ceil(self.rows / self.effective_batch)
-
-    @property
-    def total_steps(self) -> int:
-        return self.max_steps if self.max_steps > 0 else self.steps_per_epoch * self.epochs
-
-    def micro_batches(self, step: int) -> list[tuple[int, ...]]:
-        """Row indices of the micro-batches of step number `step`, counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, self.rows)
-        chosen = order[place * self.effective_batch : (place + 1) * self.effective_batch]
-        return [chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size)]
-
-    def ends_epoch(self, finished_steps: int) -> bool:
-        return finished_steps % self.steps_per_epoch == 0
-
-
-def in_order(rows: int, batch_size: int) -> Iterator[range]:
-    """Row indices of consecutive micro-batches, for evaluation."""
-    for start in range(0, rows, batch_size):
-        yield range(start, min(rows, start + batch_size))

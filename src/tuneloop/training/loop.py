@@ -1,8 +1,8 @@
-"""The plain loop: forward, backward, step; log, evaluate, checkpoint; and the same again after an
-interruption.
+"""The loop: forward, backward, step; log, evaluate, checkpoint; and the same again after an interruption.
 
 Everything that decides the next step is in the model, the optimiser, the generators and the `Tally`, and a
-checkpoint holds them all: a resumed run continues as if nothing had happened.
+checkpoint holds them all: a resumed run continues as if nothing had happened. The loop knows no device and
+no process but through its `Layout`; with several processes each runs it, and rank 0 speaks.
 """
 
 from __future__ import annotations
@@ -10,170 +10,202 @@ from __future__ import annotations
 import math
 import os
 import random
-import resource
-import sys
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from tuneloop import lm
 from tuneloop.core import digest
-from tuneloop.core.errors import Diverged
+from tuneloop.core.errors import OutOfMemory
 from tuneloop.core.recipe import FinetuneParameters
-from tuneloop.training import checkpoint, optimizer
-from tuneloop.training.data import Batch, Conversations, Course, in_order, split_path
-from tuneloop.training.loss import check_forward, packing_of, summed_loss, vocabulary_size
+from tuneloop.training import checkpoint, flops, health, layout, optimizer
+from tuneloop.training.course import Course
+from tuneloop.training.data import Conversations, split_path
+from tuneloop.training.divergence import Computed, Guard
+from tuneloop.training.evaluation import Validation
+from tuneloop.training.feed import Feed, Sharing
+from tuneloop.training.health import Health
+from tuneloop.training.layout import Layout
+from tuneloop.training.loss import Objective, vocabulary_size
+from tuneloop.training.pace import Pace
 from tuneloop.training.plan import Machine, Plan, plan
 from tuneloop.training.schedule import learning_rate
+from tuneloop.training.seam import Events, Mute, TrainingInputs, TrainingResult
 from tuneloop.training.tally import Tally
 
-ENGINE = "plain/1"
+ENGINE = "packed/1"
+PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Most tokens of a pack, unless the longest conversation has more: where longer ones were measured to bring
+no speed on a CPU; enough to fill a GPU."""
 _LESS_MEMORY = (
-    "Lower finetune.per_device_train_batch_size (and raise gradient_accumulation_steps by as much: the "
-    "result is the same) or preprocess.max_seq_length; use apply_lora, precision '16', or a smaller model."
+    "Lower preprocess.max_seq_length, or finetune.pack_tokens where it was set; write "
+    "finetune.activation_checkpointing: always; use apply_lora, precision '16', or a smaller model. The "
+    "batch size takes no memory."
 )
-PROGRESS_SECONDS = 0.3
-"""Least time between two progress lines."""
-CHECKPOINT_SHARE = 0.05
-"""Most of the time that checkpoints in between may cost: where one takes long, they get rarer."""
-_NOT_THE_RESULT = {"logging_strategy", "logging_steps", "save_total_limit", "resume_from_checkpoint"}
-"""Parameters under which a checkpoint may be continued with another value."""
+_NOT_THE_RESULT = {
+    "logging_strategy",
+    "logging_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "checkpoint_seconds",
+    "checkpoint_steps",
+    "dataloader_num_workers",
+    "fewer_devices",
+    "cpu_processes",
+    "strategy",
+    "apply_deepspeed",
+    "deepspeed",
+    "deepspeed_stage",
+    "stop_on_divergence",
+    "packing",
+    "pack_tokens",
+    "activation_checkpointing",
+    "auto_find_batch_size",
+}
+"""Parameters under which a checkpoint may be continued with another value: what they change is told, or
+lost in rounding. How many processes share the work, and how, is the layouts' own check: they know whose files
+they can read."""
 
 
-class Events(Protocol):
-    """Where a run tells what happens. A step's context is one."""
-
-    def progress(
-        self,
-        stage: str,
-        done: float | None = None,
-        total: float | None = None,
-        unit: str | None = None,
-        remaining_seconds: float | None = None,
-        **values: float,
-    ) -> None: ...
-
-    def metrics(self, step: int, **values: float) -> None: ...
-
-    def warn(self, message: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    dataset_folder: Path
-    """Holds the split `train` and, unless evaluation is off, `validation`."""
-    parameters: FinetuneParameters
-    checkpoint_folder: Path
-    previous_checkpoint_folders: tuple[Path, ...] = ()
-    """Of earlier attempts at the same thing."""
-    checkpoint_interval_seconds: float = 30.0
-    """A killed run loses at most about this much; 0: a checkpoint after every step."""
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What was done, over all attempts. The model holds the weights after `kept_step` steps."""
-
-    engine: str
-    steps: int
-    epochs: float
-    kept_step: int
-    tokens: int
-    learned_tokens: int
-    final_loss: float
-    """Mean loss of the last logged steps."""
-    mean_loss: float
-    eval_loss: float | None
-    """Of the weights that were kept."""
-    seconds: float
-    tokens_per_second: float
-    effective_batch: int
-    accumulation: int
-    processes_asked: int
-    precision: str
-    device: str
-    """`cpu` or `cuda`."""
-    is_packed: bool
-    is_stopped_early: bool
-    resumed_from_step: int | None
-    peak_memory_bytes: int
-    peak_device_memory_bytes: int | None
-    """Of the accelerator, tensors and their cache; None without one."""
-
-
-def prepare(parameters: FinetuneParameters) -> None:
-    """Seed everything random; call it before a new adapter gets its first weights."""
-    random.seed(parameters.seed)
-    np.random.seed(parameters.seed)
-    torch.manual_seed(parameters.seed)
+def prepare(parameters: FinetuneParameters, rank: int = 0) -> None:
+    """Seed everything random; call it before a new adapter gets its first weights. Each process draws its own
+    dropout."""
+    seed = parameters.seed + rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     if parameters.enable_full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         torch.use_deterministic_algorithms(True)
 
 
 def train(
-    model: nn.Module, inputs: TrainingInputs, events: Events, machine: Machine | None = None
+    model: nn.Module,
+    inputs: TrainingInputs,
+    events: Events,
+    machine: Machine | None = None,
+    chosen: Plan | None = None,
 ) -> TrainingResult:
     """Train what requires a gradient in `model`, which ends up holding the weights to keep: with evaluation
-    on, those with the lowest validation loss; otherwise the last ones.
+    on, those with the lowest validation loss; otherwise the last ones. With several processes each calls
+    this with the same arguments, and `chosen` says how they share the work.
 
     Raises `Unsupported` (parameters or a model that this engine refuses), `DataError`, `OutOfMemory`, and
     `Diverged`.
     """
-    chosen = plan(inputs.parameters, machine or Machine.detect())
+    chosen = chosen or plan(inputs.parameters, machine or Machine.detect())
+    laid_out = layout.of(chosen)
+    told = events if laid_out.rank == 0 else Mute()
     for warning in chosen.warnings:
-        events.warn(warning)
-    check_forward(model)
+        told.warn(warning)
     prepare(inputs.parameters)
-    with lm.memory_errors(chosen.device, _LESS_MEMORY):
-        return _Run(model, inputs, events, chosen).go()
+    with lm.memory_errors(laid_out.device, _LESS_MEMORY):
+        run = _Run(model, inputs, told, chosen, laid_out)
+        with run.feed:
+            return run.go()
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What an optimiser step did, over all processes."""
+
+    loss: float
+    norm: float
+    rate: float
+    is_checkpoint_due: bool
+    memory_bytes: float
+    """The most that they have held together so far."""
 
 
 class _Run:
-    def __init__(self, model: nn.Module, inputs: TrainingInputs, events: Events, chosen: Plan) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: TrainingInputs, events: Events, chosen: Plan, laid_out: Layout
+    ) -> None:
         self._parameters = parameters = inputs.parameters
-        self._inputs, self._events, self._plan = inputs, events, chosen
-        self._train = _split(inputs.dataset_folder, "train", model)
-        self._validation = None
-        if parameters.evaluation_strategy != "disable":
-            self._validation = _split(inputs.dataset_folder, "validation", model)
+        self._inputs, self._events, self._plan, self._layout = inputs, events, chosen, laid_out
+        self._train = self._split("train", model)
         self._course = Course(
             rows=len(self._train),
-            batch_size=parameters.per_device_train_batch_size,
-            accumulation=chosen.accumulation,
+            effective_batch=chosen.effective_batch,
             epochs=parameters.num_train_epochs,
             max_steps=parameters.max_steps,
             seed=parameters.seed,
         )
-        self._model = model.to(chosen.device)
+        self._fits = self._fingerprint(model)
+        if inputs.is_checkpointed:
+            checkpoint_activations(model)
+        laid_out.place(model)
+        work = flops.count(model)
         with self._precision():
-            self._packing = packing_of(model)
-        if not self._packing.is_isolated:
-            events.warn(
-                "this model does not keep packed conversations apart, so they are computed one by one: "
-                "equal losses, less speed."
+            objective = Objective(
+                model, is_packing_allowed=parameters.packing, noise_alpha=parameters.neftune_noise_alpha
             )
-        self._trained = optimizer.trainable(model)
-        self._optimizer = optimizer.build(
-            parameters.optim,
-            self._trained,
-            weight_decay=parameters.weight_decay,
-            betas=(parameters.adam_beta1, parameters.adam_beta2),
-            epsilon=parameters.adam_epsilon,
+        for remark in objective.remarks:
+            events.warn(remark)
+        laid_out.wrap(model, objective, parameters)
+        prepare(parameters, laid_out.rank)
+        self._model, self._objective = model, objective
+        sharing = Sharing(objective, laid_out.rank, laid_out.world, laid_out.is_collective)
+        budget = inputs.pack_tokens or parameters.pack_tokens or PACK_TOKENS[laid_out.device.type]
+        self.feed = Feed(
+            self._course, self._train, sharing, budget, workers=parameters.dataloader_num_workers
         )
+        self._validation = None
+        if parameters.evaluation_strategy != "disable":
+            self._validation = Validation(
+                self._split("validation", model), sharing, laid_out, self._precision
+            )
         self._tally = Tally()
-        self._best_weights: Path | None = None
+        self._best_weights: list[Path] = []
         self._resumed_from: int | None = None
-        self._fits = self._fingerprint()
-        self._pace = _Pace(inputs.checkpoint_interval_seconds)
+        self._pace = Pace(parameters.checkpoint_seconds, parameters.checkpoint_steps)
+        self._guard = Guard(
+            model=model,
+            layout=laid_out,
+            sharing=sharing,
+            train=self._train,
+            course=self._course,
+            parameters=parameters,
+            vocabulary=vocabulary_size(model),
+            precision=self._precision,
+            folder=inputs.report_folder,
+            events=events,
+        )
+        self._watch(work)
+
+    def _watch(self, work: flops.Work | None) -> None:
+        self._cost = health.Cost(self._course, self._train, work)
+        validated = None if self._validation is None else self._validation.conversations
+        self._clock = health.Clock(
+            self._course,
+            self._cost,
+            self._pace,
+            health.Schedule(self._steps_between_evaluations(), self._course.steps_per_epoch),
+            0.0 if validated is None else float(health.cost_of(validated, work).sum()),
+        )
+        peak = None
+        if work is not None:
+            dtype, device = self._plan.base_dtype, self._layout.device
+            peak = health.peak_of_all(lambda: flops.peak(device, dtype), self._layout.sum)
+        self._health = Health(
+            self._events,
+            health.Limits(peak, self._inputs.planned_memory_bytes),
+            work is not None,
+            self._clock,
+            self._course.steps_per_epoch,
+        )
+
+    def _split(self, name: str, model: nn.Module) -> Conversations:
+        path = split_path(self._inputs.dataset_folder, name)
+        split = Conversations(path, learns_all=self._parameters.loss_tokens == "all")
+        split.check(vocabulary_size(model))
+        return split
 
     # ------------------------------------------------------------ the loop
 
@@ -183,51 +215,59 @@ class _Run:
         tally, total = self._tally, self._course.total_steps
         while tally.step < total and not tally.is_stopped:
             started = time.monotonic()
-            loss, norm, rate, batches = self._learn(tally.step)
+            done = self._learn(tally.step)
             seconds = time.monotonic() - started
-            tally.count_step(loss, sum(b.tokens for b in batches), sum(b.learned for b in batches), seconds)
-            self._pace.count_step()
+            self._count(done, seconds)
             is_evaluated = self._is_evaluation_due()
             if is_evaluated:
                 self._evaluate()
-            self._log(norm, rate)
-            self._save(
-                is_milestone=is_evaluated or self._course.ends_epoch(tally.step) or tally.step == total
-            )
-            self._tell(loss)
+            self._log(done)
+            is_milestone = is_evaluated or self._course.ends_epoch(tally.step) or tally.step == total
+            if is_milestone or done.is_checkpoint_due:
+                self._save(is_milestone=is_milestone)
+            self._tell(done.loss)
         return self._finish()
 
-    def _learn(self, step: int) -> tuple[float, float, float, list[Batch]]:
-        """One optimiser step; its loss, gradient norm, learning rate and batches."""
-        batches = self._batches(step)
-        # One divisor for the whole effective batch: how it is cut into micro-batches changes nothing.
-        learned = sum(batch.learned for batch in batches)
+    def _count(self, done: _Learned, seconds: float) -> None:
+        step, cost = self._tally.step, self._cost.of(self._tally.step)
+        tokens, learned = self.feed.tokens(step), self.feed.learned(step)
+        self._tally.count_step(done.loss, tokens, learned, seconds, done.norm, cost)
+        self._clock.count_step(cost, seconds)
+        self._health.count_memory(done.memory_bytes)
+
+    def _learn(self, step: int) -> _Learned:
+        """One optimiser step, with smaller packs when memory runs out and that is allowed."""
+        while True:
+            try:
+                with lm.memory_errors(self._layout.device, _LESS_MEMORY):
+                    return self._compute(step)
+            except OutOfMemory as error:
+                if not self._may_lower_packs(step):
+                    raise
+                told = str(error)
+            self._lower_packs(step, told)
+
+    def _compute(self, step: int) -> _Learned:
+        batches = self.feed.batches(step)
+        # One divisor for the whole effective batch: how it is cut into packs changes nothing.
+        learned = self.feed.learned(step)
         losses = []
-        for batch in batches:
+        for place, batch in enumerate(batches):
             with self._precision():
-                loss = summed_loss(self._model, batch.to(self._plan.device)) / learned
-            torch.autograd.backward(loss)
+                loss = self._layout.loss(batch) * (batch.weight / learned)
+            self._layout.backward(loss, is_last=place == len(batches) - 1)
             losses.append(loss.detach())
         values = torch.stack(losses).tolist()
-        norm = self._clip()
-        self._check_finite(values, norm, batches)
+        # A limit of 0 does not clip.
+        norm = self._layout.clip(self._parameters.max_grad_norm or math.inf)
+        # The clock of rank 0 decides for all, on the way of the loss.
+        is_due = self._layout.rank == 0 and self._pace.is_checkpoint_due(step + 1)
+        memory = health.memory_bytes(self._layout.device)
+        loss_sum, due, memory_sum = self._layout.sum([sum(values), float(is_due), memory])
         rate = self._rate(step)
-        optimizer.set_learning_rate(self._optimizer, rate)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return sum(values), norm, rate, batches
-
-    def _batches(self, step: int) -> list[Batch]:
-        return [
-            batch
-            for indices in self._course.micro_batches(step)
-            for batch in self._packing.batches([self._train[index] for index in indices])
-        ]
-
-    def _clip(self) -> float:
-        """The norm of the gradient before clipping; a limit of 0 does not clip."""
-        limit = self._parameters.max_grad_norm or math.inf
-        return float(nn.utils.clip_grad_norm_(list(self._trained.values()), limit))
+        self._guard.check(Computed(step + 1, loss_sum, norm, rate, batches, values), self._tally)
+        self._layout.step(rate)
+        return _Learned(loss_sum, norm, rate, due > 0, memory_sum)
 
     def _rate(self, step: int) -> float:
         return learning_rate(
@@ -238,18 +278,23 @@ class _Run:
             total_steps=self._course.total_steps,
         )
 
-    def _check_finite(self, losses: Sequence[float], norm: float, batches: Sequence[Batch]) -> None:
-        if math.isfinite(sum(losses)) and math.isfinite(norm):
-            return
-        guilty = [b for loss, b in zip(losses, batches, strict=True) if not math.isfinite(loss)] or batches
-        rows = sorted(row for batch in guilty for row in batch.rows)
-        what = f"loss is {sum(losses)}" if not math.isfinite(sum(losses)) else f"gradient's norm is {norm}"
-        raise Diverged(
-            f"step {self._tally.step + 1} of {self._course.total_steps}: the {what}, with training rows "
-            f"{', '.join(map(str, rows))}.",
-            next_move="Lower finetune.learning_rate or raise finetune.warmup_steps; when it happens at "
-            "step 1, look at those rows.",
-            details={"step": self._tally.step + 1, "rows": rows},
+    def _may_lower_packs(self, step: int) -> bool:
+        longest = int(self._train.lengths[list(self._course.rows_of(step))].max())
+        return (
+            self._parameters.auto_find_batch_size
+            and self._layout.world == 1
+            and self.feed.pack_tokens > longest
+        )
+
+    def _lower_packs(self, step: int, told: str) -> None:
+        self._layout.discard()
+        if self._layout.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.feed.lower(self.feed.pack_tokens // 2)
+        self._tally.pack_tokens = self.feed.pack_tokens
+        self._events.warn(
+            f"step {step + 1}: {told} auto_find_batch_size is true, so at most {self.feed.pack_tokens} "
+            "tokens are computed at a time from here on. The effective batch stays as it was."
         )
 
     # ------------------------------------------------------------ evaluation
@@ -260,51 +305,43 @@ class _Run:
         step = self._tally.step
         if step == self._course.total_steps:
             return True
-        if self._parameters.evaluation_strategy == "epoch":
-            return self._course.ends_epoch(step)
         return step % self._steps_between_evaluations() == 0
 
     def _steps_between_evaluations(self) -> int:
+        """0: they are off."""
+        if self._validation is None:
+            return 0
+        if self._parameters.evaluation_strategy == "epoch":
+            return self._course.steps_per_epoch
         share = self._parameters.evaluation_steps_interval
         if share > 0:
             return max(1, int(share * self._course.steps_per_epoch))
         return self._parameters.eval_steps
 
     def _evaluate(self) -> None:
-        loss = self._validation_loss()
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"step {self._tally.step} of {self._course.total_steps}: the validation loss is {loss}.",
-                next_move="Lower finetune.learning_rate or raise finetune.warmup_steps.",
-                details={"step": self._tally.step},
-            )
+        assert self._validation is not None
+        self._model.eval()
+        started = time.monotonic()
+        loss = self._validation.loss(self.feed.pack_tokens, self._tell_rows)
+        self._clock.count_evaluation(time.monotonic() - started)
+        self._model.train()
+        self._guard.check_validation(loss, self._tally.step)
         is_best = self._tally.count_evaluation(loss, self._parameters.early_stopping_threshold)
         if is_best:
-            self._best_weights = None  # The checkpoint that follows holds them.
+            self._best_weights = []  # The checkpoint that follows holds them.
         patience = self._parameters.early_stopping_patience
         if self._parameters.apply_early_stopping and self._tally.bad_evaluations >= patience:
             self._tally.is_stopped = True
         # The loss alone: where this step is logged too, its other values stand there already.
         self._events.metrics(self._tally.step, eval_loss=loss)
 
-    @torch.no_grad()
-    def _validation_loss(self) -> float:
-        """Mean over all learned tokens of the split, whatever the batch size."""
-        assert self._validation is not None
-        total = 0.0
-        self._model.eval()
-        for indices in in_order(len(self._validation), self._parameters.per_device_eval_batch_size):
-            for batch in self._packing.batches([self._validation[index] for index in indices]):
-                with self._precision():
-                    total += float(summed_loss(self._model, batch.to(self._plan.device)))
-            if self._pace.may_tell():
-                self._events.progress("evaluating", indices.stop, len(self._validation), "rows")
-        self._model.train()
-        return total / self._validation.learned_tokens
+    def _tell_rows(self, done: int, total: int) -> None:
+        if self._pace.may_tell():
+            self._events.progress("evaluating", done, total, "rows")
 
     # ------------------------------------------------------------ telling
 
-    def _log(self, norm: float, rate: float) -> None:
+    def _log(self, done: _Learned) -> None:
         step = self._tally.step
         is_due = (
             self._course.ends_epoch(step)
@@ -313,72 +350,61 @@ class _Run:
         )
         if not is_due and step != self._course.total_steps and not self._tally.is_stopped:
             return
-        loss, speed = self._tally.close_window()
-        self._events.metrics(
-            step,
-            loss=loss,
-            learning_rate=rate,
-            grad_norm=norm,
-            epoch=self._epoch(),
-            tokens_per_second=speed,
-            tokens_seen=self._tally.tokens,
-        )
+        self._health.log(self._tally, rate=done.rate, norm=done.norm)
 
     def _tell(self, loss: float) -> None:
-        step, total = self._tally.step, self._course.total_steps
-        if step < total and not self._pace.may_tell():
-            return
-        self._events.progress(
-            "training",
-            step,
-            total,
-            "steps",
-            remaining_seconds=self._pace.seconds_per_step() * (total - step),
-            loss=loss,
-            tokens_per_second=self._tally.tokens / max(self._tally.seconds, 1e-9),
-            epoch=self._epoch(),
-        )
+        total = self._course.total_steps
+        if self._tally.step == total or self._pace.may_tell():
+            self._health.tell(self._tally, total, loss)
 
     def _epoch(self) -> float:
         return self._tally.step / self._course.steps_per_epoch
 
     # ------------------------------------------------------------ checkpoints
 
-    def _fingerprint(self) -> str:
-        shapes = {name: list(parameter.shape) for name, parameter in self._trained.items()}
+    def _fingerprint(self, model: nn.Module) -> str:
+        trained = optimizer.trainable(model)
         return digest.of_json(
             {
                 "engine": ENGINE,
                 "parameters": self._parameters.model_dump(mode="json", exclude=_NOT_THE_RESULT),
                 "rows": [len(self._train), self._train.tokens, self._train.learned_tokens],
-                "trained": shapes,
+                "trained": {name: list(parameter.shape) for name, parameter in trained.items()},
                 "is_bf16": self._plan.is_bf16,
             }
         )
 
     def _save(self, *, is_milestone: bool) -> None:
-        if not is_milestone and not self._pace.is_checkpoint_due():
-            return
         started = time.monotonic()
-        tensors, scalars = optimizer.dump_state(self._optimizer, self._trained)
-        random_tensors, random_state = checkpoint.dump_random(self._plan.device)
+        dump = self._layout.dump()
+        random_tensors, random_state = checkpoint.dump_random(self._layout.device)
+        suffix = layout.shard_suffix(self._layout.rank, self._layout.world)
         folder = checkpoint.save(
             self._inputs.checkpoint_folder,
-            state={**self._tally.to_json(), "optimizer": scalars, "random": random_state},
-            tensors={"weights": self._trained, "optimizer": tensors, "random": random_tensors},
+            state={
+                **self._tally.to_json(),
+                **dump.state,
+                "strategy": self._layout.strategy,
+                "processes": self._layout.world,
+                "random": self._layout.gather(random_state),
+            },
+            tensors={**dump.tensors, f"random{suffix}": random_tensors},
             best_weights=self._best_weights,
             fits=self._fits,
             is_milestone=is_milestone,
+            writers=self._layout,
         )
         if self._tally.best_step is not None:
             best = "weights" if self._tally.best_step == self._tally.step else "best"
-            self._best_weights = folder / f"{best}.safetensors"
-        checkpoint.prune(self._inputs.checkpoint_folder, self._parameters.save_total_limit, is_finished=False)
+            self._best_weights = checkpoint.shards(folder, best)
+        if self._layout.rank == 0:
+            limit = self._parameters.save_total_limit
+            checkpoint.prune(self._inputs.checkpoint_folder, limit, is_finished=False)
+        self._layout.barrier()
         self._pace.count_checkpoint(time.monotonic() - started)
 
     def _resume(self) -> None:
-        roots = (self._inputs.checkpoint_folder, *self._inputs.previous_checkpoint_folders)
-        found = checkpoint.find(roots, self._fits, self._events.warn)
+        found = self._find_checkpoint()
         if found is None:
             if self._parameters.resume_from_checkpoint:
                 self._events.warn(
@@ -387,19 +413,29 @@ class _Run:
                     "resume.)"
                 )
             return
-        self._load_weights(found.folder / "weights.safetensors")
-        optimizer.load_state(
-            self._optimizer, self._trained, found.tensors("optimizer"), found.state["optimizer"]
-        )
-        checkpoint.load_random(found.tensors("random"), found.state["random"], self._plan.device)
+        self._layout.load(found)
+        self._load_random(found)
         self._tally = Tally.from_json(found.state)
+        if self._tally.pack_tokens:
+            self.feed.lower(self._tally.pack_tokens)
         self._best_weights = found.best_weights()
         self._resumed_from = found.step
 
-    def _load_weights(self, path: Path) -> None:
-        with torch.no_grad():
-            for name, tensor in load_file(path).items():
-                self._trained[name].copy_(tensor)
+    def _find_checkpoint(self) -> checkpoint.Found | None:
+        """The same for all processes: rank 0 looks and verifies."""
+        roots = (self._inputs.checkpoint_folder, *self._inputs.previous_checkpoint_folders)
+        found = checkpoint.find(roots, self._fits, self._events.warn) if self._layout.rank == 0 else None
+        chosen = self._layout.gather(str(found.folder) if found else None)[0]
+        if found is None and chosen is not None:
+            found = checkpoint.reopen(Path(chosen))
+        return found
+
+    def _load_random(self, found: checkpoint.Found) -> None:
+        rank, processes = self._layout.rank, found.state["processes"]
+        if rank >= processes:
+            return  # More processes than before: this one draws from its seed.
+        stem = f"random{layout.shard_suffix(rank, processes)}"
+        checkpoint.load_random(found.tensors(stem), found.state["random"][rank], self._layout.device)
 
     # ------------------------------------------------------------ the end
 
@@ -407,15 +443,19 @@ class _Run:
         tally = self._tally
         kept_step = tally.best_step or tally.step
         if kept_step != tally.step:
-            assert self._best_weights is not None
-            self._load_weights(self._best_weights)
+            self._layout.load_weights(self._best_weights)
             self._events.warn(
                 f"the weights after step {kept_step} are kept, where the validation loss was lowest "
                 f"({tally.best_loss:.4f}); after the last step, {tally.step}, it was {tally.eval_loss:.4f}. "
                 "Set finetune.evaluation_strategy to 'disable' to keep the last ones."
             )
-        checkpoint.prune(self._inputs.checkpoint_folder, self._parameters.save_total_limit, is_finished=True)
+        self._layout.barrier()
+        if self._layout.rank == 0:
+            limit = self._parameters.save_total_limit
+            checkpoint.prune(self._inputs.checkpoint_folder, limit, is_finished=True)
+        self._objective.close()
         self._model.eval()
+        (memory,) = self._layout.sum([health.peak_memory_bytes()])
         return TrainingResult(
             engine=ENGINE,
             steps=tally.step,
@@ -428,63 +468,28 @@ class _Run:
             eval_loss=tally.best_loss,
             seconds=tally.seconds,
             tokens_per_second=tally.tokens / max(tally.seconds, 1e-9),
+            gemm_share=self._health.gemm_share,
             effective_batch=self._course.effective_batch,
-            accumulation=self._plan.accumulation,
+            processes=self._layout.world,
             processes_asked=self._plan.processes_asked,
+            strategy=self._layout.strategy,
+            pack_tokens=self.feed.pack_tokens,
             precision="bf16" if self._plan.is_bf16 else "fp32",
-            device=self._plan.device.type,
-            is_packed=self._packing.is_isolated,
+            device=self._layout.device.type,
+            is_packed=self._objective.is_packed,
+            is_checkpointed=self._inputs.is_checkpointed,
             is_stopped_early=tally.is_stopped,
             resumed_from_step=self._resumed_from,
-            peak_memory_bytes=_peak_memory_bytes(),
-            peak_device_memory_bytes=lm.peak_device_memory_bytes(self._plan.device),
+            peak_memory_bytes=int(memory),
+            peak_device_memory_bytes=lm.peak_device_memory_bytes(self._layout.device),
+            weights=self._layout.trained_weights(),
         )
 
     def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._plan.device.type, dtype=torch.bfloat16, enabled=self._plan.is_bf16)
+        return torch.autocast(self._layout.device.type, dtype=torch.bfloat16, enabled=self._plan.is_bf16)
 
 
-class _Pace:
-    """When to speak and when to save, by the clock; what is computed never depends on it."""
-
-    def __init__(self, checkpoint_interval_seconds: float) -> None:
-        self._interval = checkpoint_interval_seconds
-        self._started = self._saved_at = time.monotonic()
-        self._told_at = -math.inf
-        self._checkpoint_seconds = 0.0
-        self._steps = 0
-
-    def count_step(self) -> None:
-        self._steps += 1
-
-    def count_checkpoint(self, seconds: float) -> None:
-        self._saved_at = time.monotonic()
-        self._checkpoint_seconds = seconds
-
-    def is_checkpoint_due(self) -> bool:
-        if self._interval <= 0:
-            return True
-        wait = max(self._interval, self._checkpoint_seconds / CHECKPOINT_SHARE)
-        return time.monotonic() - self._saved_at >= wait
-
-    def may_tell(self) -> bool:
-        now = time.monotonic()
-        if now - self._told_at < PROGRESS_SECONDS:
-            return False
-        self._told_at = now
-        return True
-
-    def seconds_per_step(self) -> float:
-        """Evaluations and checkpoints included."""
-        return (time.monotonic() - self._started) / max(1, self._steps)
-
-
-def _split(folder: Path, name: str, model: nn.Module) -> Conversations:
-    split = Conversations(split_path(folder, name))
-    split.check(vocabulary_size(model))
-    return split
-
-
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def checkpoint_activations(model: Any) -> None:
+    """Keep the inputs of each layer only and compute the rest again in the backward pass
+    (arXiv:1604.06174)."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

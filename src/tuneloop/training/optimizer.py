@@ -8,12 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from tuneloop.core.recipe import FinetuneParameters
+
 Scalars = dict[str, dict[str, float | int]]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """By name, tied tensors once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def of(parameters: FinetuneParameters, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """As a finetune step's parameters say."""
+    return build(
+        parameters.optim,
+        trained,
+        weight_decay=parameters.weight_decay,
+        betas=(parameters.adam_beta1, parameters.adam_beta2),
+        epsilon=parameters.adam_epsilon,
+    )
 
 
 def build(

@@ -1,9 +1,10 @@
-"""How a run is carried out on the machine at hand: device, precision, and the effective batch that was
-asked for."""
+"""How a run is carried out on the machine at hand: device, precision, processes, and the effective batch
+that was asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -11,12 +12,15 @@ from tuneloop.core.errors import Unsupported
 from tuneloop.core.recipe import FinetuneParameters
 from tuneloop.core.support import cautions, refusals
 
-PROCESSES = 1
-"""This engine trains in one process, on one device."""
+Strategy = Literal["plain", "ddp", "fsdp", "zero2", "zero3"]
+"""How the work is shared: one process; gradients summed over processes (DDP); weights sharded as well, by
+FSDP2 or by DeepSpeed's ZeRO (arXiv:1910.02054)."""
 
 
 @dataclass(frozen=True)
 class Machine:
+    """Of one node."""
+
     device: str
     """`cpu` or `cuda`."""
     gpus: int
@@ -41,9 +45,12 @@ class Plan:
     device: torch.device
     is_bf16: bool
     """Matrix products in bf16 (autocast); what is trained stays fp32."""
-    accumulation: int
-    """Micro-batches per optimiser step, after making up for devices that are not used."""
+    strategy: Strategy
+    processes: int
+    """Over all nodes."""
     processes_asked: int
+    effective_batch: int
+    """Conversations of an optimiser step: as asked, whatever the number of processes."""
     warnings: tuple[str, ...]
 
     @property
@@ -52,38 +59,70 @@ class Plan:
         return torch.bfloat16 if self.is_bf16 else torch.float32
 
 
-def plan(parameters: FinetuneParameters, machine: Machine) -> Plan:
-    """Raises `Unsupported` with every refusal at once."""
+def plan(parameters: FinetuneParameters, machine: Machine, nodes: int = 1) -> Plan:
+    """`nodes`: how many machines like this one there are. Raises `Unsupported` with every refusal at once."""
     values = parameters.model_dump()
+    asked = parameters.number_of_gpu_to_use_finetuning * parameters.num_nodes_finetune
+    processes = processes_of(parameters, machine.gpus, nodes)
     refused = refusals(values)
+    if processes < asked and parameters.fewer_devices == "refuse":
+        refused.append(
+            f"fewer_devices is 'refuse': {asked} processes were asked for, and {processes} can run here. Ask "
+            "for fewer, or write 'accumulate' to keep the effective batch with what there is."
+        )
     if refused:
         raise Unsupported(" ".join(refused), details=refused)
-    asked = parameters.number_of_gpu_to_use_finetuning * parameters.num_nodes_finetune
     is_bf16 = parameters.precision == "16" and machine.has_fast_bf16
-    warnings = cautions(values)
+    warnings = cautions(values, processes=processes)
     if parameters.precision == "16" and not is_bf16:
         warnings.append(
             f"precision is 16: this machine's {machine.device} is slow at bf16, so training runs in 32 bits. "
             "Results are at least as precise."
         )
-    if asked > PROCESSES:
-        warnings.append(_fewer_devices(parameters, machine, asked))
+    if processes < asked:
+        warnings.append(_fewer_devices(parameters, machine, processes))
     return Plan(
         device=torch.device(machine.device),
         is_bf16=is_bf16,
-        accumulation=parameters.gradient_accumulation_steps * asked,
+        strategy=strategy_of(parameters, processes),
+        processes=processes,
         processes_asked=asked,
+        effective_batch=parameters.per_device_train_batch_size
+        * parameters.gradient_accumulation_steps
+        * asked,
         warnings=tuple(warnings),
     )
 
 
-def _fewer_devices(parameters: FinetuneParameters, machine: Machine, asked: int) -> str:
+def processes_of(parameters: FinetuneParameters, gpus: int, nodes: int = 1) -> int:
+    """Over `nodes` machines with `gpus` each: one for every GPU, and without any as many as
+    `cpu_processes` allows; never more than were asked for."""
+    each = min(parameters.number_of_gpu_to_use_finetuning, gpus or parameters.cpu_processes)
+    return each * min(parameters.num_nodes_finetune, nodes)
+
+
+def strategy_of(parameters: FinetuneParameters, processes: int) -> Strategy:
+    if processes == 1:
+        return "plain"
+    if parameters.apply_deepspeed:
+        return "zero2" if parameters.deepspeed_stage == "2" else "zero3"
+    return "fsdp" if parameters.strategy == "fsdp" else "ddp"
+
+
+def _fewer_devices(parameters: FinetuneParameters, machine: Machine, processes: int) -> str:
     batch = parameters.per_device_train_batch_size
     accumulation = parameters.gradient_accumulation_steps
+    asked = parameters.number_of_gpu_to_use_finetuning * parameters.num_nodes_finetune
+    how = "as one process" if processes == 1 else f"as {processes} processes"
+    more = (
+        f" Without GPUs, finetune.cpu_processes (now {parameters.cpu_processes}) says how many processes may "
+        "run."
+        if not machine.gpus
+        else ""
+    )
     return (
         f"{parameters.num_nodes_finetune} node(s) with {parameters.number_of_gpu_to_use_finetuning} "
-        f"GPU(s) each were asked for; this machine has {machine.gpus} GPU(s), and training runs as one "
-        f"process. The effective batch stays {batch} x {accumulation} x {asked} = "
-        f"{batch * accumulation * asked} conversations: gradients accumulate over {accumulation * asked} "
-        f"micro-batches in place of {accumulation}."
+        f"GPU(s) each were asked for; this machine has {machine.gpus} GPU(s), and training runs {how}. "
+        f"The effective batch stays {batch} x {accumulation} x {asked} = {batch * accumulation * asked} "
+        f"conversations: gradients accumulate.{more}"
     )

@@ -62,14 +62,21 @@ class Catalog:
         return [card for card in found if task is None or card.task == task]
 
     def find(self, name: str) -> Card | None:
-        """By `Name`, `Name:version`, `Name:latest`, or Azure's asset id."""
+        """By `Name`, `Name:version`, `Name:latest`, Azure's asset id, or the repository of a hub source."""
         wanted, version = _split(name)
         return _choose(self._versions(wanted), version)
 
     def get(self, name: str) -> Card:
-        """Like `find`; raises `NotFound`, naming the nearest."""
+        """Like `find`; raises `NotFound`, naming the nearest, and `UsageError` for a repository of several
+        models."""
         wanted, version = _split(name)
         versions = self._versions(wanted)
+        names = sorted({card.name for card in versions}, key=str.lower)
+        if len({name.lower() for name in names}) > 1:
+            raise UsageError(
+                f"Several base models come from the repository '{wanted}': {', '.join(names)}.",
+                next_move="Write the name of one of them.",
+            )
         found = _choose(versions, version)
         if found is not None:
             return found
@@ -77,6 +84,11 @@ class Catalog:
             known = ", ".join(card.version for card in versions)
             raise NotFound(
                 f"There is no version '{version}' of {versions[0].name}.", next_move=f"There is: {known}."
+            )
+        if _REPOSITORY.fullmatch(wanted):
+            raise NotFound(
+                f"No base model in the catalogue comes from the repository '{wanted}'.",
+                next_move="Write a card with a hub source for it and add it: tuneloop catalog add card.yaml",
             )
         raise NotFound(
             f"There is no base model '{wanted}' in the catalogue.",
@@ -116,7 +128,9 @@ class Catalog:
         return changed
 
     def _versions(self, name: str) -> builtins.list[Card]:
-        """Oldest first."""
+        """Oldest first. A name with a slash is a repository of the hub."""
+        if "/" in name:
+            return [card for card in self._all() if name.lower() in _repositories(card)]
         return [card for card in self._all() if card.name.lower() == name.lower()]
 
     def _all(self) -> builtins.list[Card]:
@@ -246,6 +260,10 @@ def _model_folder(folder: Path) -> Path:
             next_move="Give a folder in Hugging Face layout: config.json, *.safetensors, tokenizer.json.",
         )
     return folder
+
+
+def _repositories(card: Card) -> set[str]:
+    return {source.repository.lower() for source in card.sources if isinstance(source, HubSource)}
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -73,6 +73,7 @@ class Jobs:
         if submission.experiment is not None:
             check_name(submission.experiment, "experiment")
         recipe = recipes.parse(submission.text, path=submission.path, overrides=submission.overrides)
+        recipe = recipes.attach(recipe, submission.folder)
         card = self._catalog.get(recipe.model)
         for stage in recipes.STAGES:
             self._store.get(Compute, recipe.compute.of(stage))
@@ -107,6 +108,7 @@ class Jobs:
             priority=submission.priority,
             rows=self._rows(resolved, card, brought),
             gpus=0 if here is None or _hides_gpus(submission) else here.gpus,
+            memory_bytes=None if here is None else here.memory_bytes,
         )
         return self.record(job if here is None else _warned(job, here.memory_bytes))
 

@@ -205,11 +205,11 @@ def test_the_finding_that_the_servers_message_tells_is_not_listed_again(tmp_path
 def test_a_mistake_of_set_is_told_once() -> None:
     with pytest.raises(RecipeError) as caught:
         recipes.parse(
-            "model: M\ndata: {train: a.jsonl}\n", path="my.yaml", overrides={"finetune.packing": "1"}
+            "model: M\ndata: {train: a.jsonl}\n", path="my.yaml", overrides={"finetune.padding": "1"}
         )
     told = failures.describe(caught.value.message, None, caught.value.details)
     assert len(told) == 1
-    assert told[0].startswith("error: my.yaml: --set finetune.packing is not a key")
+    assert told[0].startswith("error: my.yaml: --set finetune.padding is not a key")
 
 
 def test_a_group_without_a_command_gives_its_help_and_no_error(tuneloop_command: Callable[..., Ran]) -> None:

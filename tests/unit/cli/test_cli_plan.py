@@ -21,6 +21,7 @@ data:
 finetune:
   apply_lora: true
   per_device_train_batch_size: 8
+  activation_checkpointing: never
 """
 
 
@@ -101,14 +102,39 @@ def test_the_json_of_a_plan_adds_up(
     assert said["time"]["seconds"] == pytest.approx(200)
 
 
+def test_processes_of_one_processor_are_planned_together_and_share_its_rate(
+    tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
+) -> None:
+    api.computes["local"]["memory_bytes"] = 64 * GB
+    two = ("finetune.number_of_gpu_to_use_finetuning=2", "finetune.cpu_processes=2")
+    ran = tuneloop_command("plan", str(recipe), *(f"--set={each}" for each in two))
+    assert ran.code == 0, ran.err
+    assert "16 rows a step, 32 bits, 2 processes (DDP)" in ran.out
+    assert "Peak of memory of all processes" in ran.out
+    # As long as with one: there are no more cores.
+    assert "about 3:20 in all, 3:20 an epoch, 3 steps (100 tokens/s" in ran.out
+
+
+def test_what_is_chosen_to_fit_is_shown(
+    tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
+) -> None:
+    command = ("plan", str(recipe), "--no-probe", "--set=finetune.activation_checkpointing=auto")
+    api.computes["local"]["memory_bytes"] = 64 * GB
+    assert "; 1,024 tokens at a time\n" in tuneloop_command(*command).out
+    api.computes["local"]["memory_bytes"] = 2 * GB
+    ran = tuneloop_command(*command)
+    assert ran.code == 0
+    assert "; 900 tokens at a time, activations computed again\n" in ran.out
+
+
 def test_what_does_not_fit_comes_with_what_would_and_exits_with_4(
     tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
 ) -> None:
-    api.computes["local"]["memory_bytes"] = 5 * GB
+    api.computes["local"]["memory_bytes"] = 3 * GB
     ran = tuneloop_command("plan", str(recipe), "--no-probe")
     assert ran.code == 4
     assert "Verdict: DOES NOT FIT" in ran.out
-    assert "--set finetune.per_device_train_batch_size=" in ran.out
+    assert "--set finetune.activation_checkpointing=always" in ran.out
     assert "As it is written it would fit on:" in ran.out
 
 
@@ -224,18 +250,18 @@ def test_here_the_first_gpu_is_planned_for_unless_it_is_hidden(
 def test_run_refuses_what_does_not_fit_with_the_smallest_changes_and_makes_no_job(
     tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
 ) -> None:
-    api.computes["local"]["memory_bytes"] = 5 * GB
+    api.computes["local"]["memory_bytes"] = 3 * GB
     ran = tuneloop_command("run", str(recipe), "--detach")
     assert ran.code == 4
     assert "The plan does not fit" in ran.err
-    assert "per_device_train_batch_size" in ran.err
+    assert "activation_checkpointing" in ran.err
     assert ("POST", "/api/jobs") not in [call[:2] for call in api.calls]
 
 
 def test_run_with_force_runs_it_all_the_same(
     tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
 ) -> None:
-    api.computes["local"]["memory_bytes"] = 5 * GB
+    api.computes["local"]["memory_bytes"] = 3 * GB
     assert tuneloop_command("run", str(recipe), "--detach", "--force").code == 0
     assert asked.asked == []
     assert ("POST", "/api/jobs") in [call[:2] for call in api.calls]
@@ -254,7 +280,7 @@ def test_run_trusts_no_guess_from_characters(
 ) -> None:
     """By its characters the row has some 270 tokens, which would fit; it has 900, as in a script that has a
     token for each character."""
-    api.computes["local"]["memory_bytes"] = 12 * GB
+    api.computes["local"]["memory_bytes"] = 3 * GB
     assert tuneloop_command("run", str(recipe), "--detach").code == 4
     assert [kind for kind, _ in asked.asked] == ["check"]
 
@@ -262,7 +288,7 @@ def test_run_trusts_no_guess_from_characters(
 def test_run_counts_tokens_where_it_depends_on_them(
     tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
 ) -> None:
-    api.computes["local"]["memory_bytes"] = 5 * GB
+    api.computes["local"]["memory_bytes"] = 3 * GB
     asked.longest = 60
     assert tuneloop_command("run", str(recipe), "--detach").code == 0
     assert [kind for kind, _ in asked.asked] == ["check"]
@@ -279,7 +305,7 @@ def test_what_is_wrong_with_a_recipe_is_told_by_the_submission(
 # ---------------------------------------------------------------- what is asked
 
 
-def test_a_histogram_bounds_the_longest_micro_batch() -> None:
+def test_a_histogram_bounds_the_tokens_of_a_step() -> None:
     train = {
         "rows": 5,
         "tokens": 2000,
@@ -290,8 +316,8 @@ def test_a_histogram_bounds_the_longest_micro_batch() -> None:
         },
     }
     found = planning.rows_counted(train, None, 8192, 4)
-    assert (found.longest, found.longest_batch) == (900, 2 * 900 + 2 * 256)
-    assert planning.rows_counted(train, None, 500, 4).longest_batch == 2 * 500 + 2 * 256
+    assert (found.longest, found.longest_step) == (900, 2 * 900 + 2 * 256)
+    assert planning.rows_counted(train, None, 500, 4).longest_step == 2 * 500 + 2 * 256
 
 
 @pytest.mark.parametrize(

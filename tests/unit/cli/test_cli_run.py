@@ -53,6 +53,60 @@ def test_run_submits_with_overrides_streams_and_sums_up(
     assert f"tuneloop models register {NAME}:trained_model" in ran.out
 
 
+def test_a_running_finetune_tells_its_share_of_the_machine_and_its_memory_against_the_plan(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path
+) -> None:
+    values = {
+        "loss": 2.3104,
+        "tokens_per_second": 412.3,
+        "gemm_share": 0.4149,
+        "memory_bytes": 3.1e9,
+        "planned_memory_bytes": 3.4e9,
+    }
+    progress = line(
+        "finetune", "training", done=1, total=6, unit="steps", values=values, remaining_seconds=70
+    )
+    api.pages[NAME] = [page(_running(), progress), page(job()), page(job())]
+    ran = tuneloop_command("run", str(recipe))
+    told = "loss 2.31  412 tokens/s  41 % of GEMM peak  3.1 of 3.4 GB planned  1:10 left"
+    assert f"training  1/6 steps  {told}" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"memory_bytes": 8.12e8, "planned_memory_bytes": 1.2e9}, ["812.0 MB of 1.2 GB planned"]),
+        ({"memory_bytes": 8.12e8}, ["memory 812.0 MB"]),
+        ({"planned_memory_bytes": 1.2e9}, ["planned memory 1.2 GB"]),
+        ({"gemm_share": 0.0174, "planned_steps": 3.0}, ["1.7 % of GEMM peak", "planned steps 3"]),
+    ],
+)
+def test_figures_are_told_with_what_was_planned_of_them(values: dict[str, float], told: list[str]) -> None:
+    assert list(output.figures(values)) == told
+
+
+def test_pictures_of_a_step_are_named_also_where_it_was_reused_or_failed(
+    tuneloop_command: Callable[..., Ran], api: FakeApi, recipe: Path, tmp_path: Path
+) -> None:
+    jobs = tmp_path / "home" / "jobs"
+    mine, theirs = (
+        jobs / NAME / "finetune" / "1" / "pictures",
+        jobs / "old_owl" / "finetune" / "2" / "pictures",
+    )
+    for folder in (mine, theirs):
+        folder.mkdir(parents=True)
+        (folder / "loss.png").write_bytes(b"drawn")
+    api.jobs[NAME] = job(steps=[step("finetune")])
+    assert f"finetune: picture {mine / 'loss.png'}" in tuneloop_command("jobs", "show", NAME).out
+    reused = step("finetune", "reused", reused_from="old_owl/finetune/2", attempts=0)
+    api.jobs[NAME] = job(steps=[reused])
+    assert f"finetune: picture {theirs / 'loss.png'}" in tuneloop_command("jobs", "show", NAME).out
+    error = {"code": "diverged", "message": "the loss has blown up", "next": None, "details": None}
+    failed = job(state="failed", steps=[step("finetune", "failed", error=error)])
+    api.pages[NAME] = [page(failed)]
+    assert f"picture:    {mine / 'loss.png'}" in tuneloop_command("run", str(recipe)).err
+
+
 def test_run_prints_parameters_by_origin_and_built_in_ones_only_when_asked(
     tuneloop_command: Callable[..., Ran], recipe: Path
 ) -> None:

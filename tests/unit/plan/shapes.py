@@ -52,19 +52,23 @@ def architectures(draw: st.DrawFn) -> Architecture:
 @st.composite
 def setups(draw: st.DrawFn) -> Setup:
     devices = draw(st.sampled_from([1, 2, 4, 8]))
-    sharding = draw(st.sampled_from(["none", "zero1", "zero2", "zero3"])) if devices > 1 else "none"
+    sharding = draw(st.sampled_from(["none", "fsdp", "zero2", "zero3"])) if devices > 1 else "none"
+    apply_lora = draw(st.booleans())
     return Setup(
-        apply_lora=draw(st.booleans()),
+        apply_lora=apply_lora,
         lora_r=draw(st.integers(1, 64)),
         has_dropout=draw(st.booleans()),
-        batch_size=draw(st.integers(1, 16)),
-        eval_batch_size=draw(st.integers(1, 16)),
-        accumulation=draw(st.integers(1, 8)),
+        is_dora=apply_lora and draw(st.booleans()),
+        is_4bit=apply_lora and draw(st.booleans()),
+        effective_batch=draw(st.integers(1, 128)),
+        is_packed=draw(st.booleans()),
+        pack_tokens=draw(st.integers(0, 8192)),
         is_bf16=draw(st.booleans()),
         optimizer=draw(st.sampled_from(["adamw_torch", "adafactor"])),
-        checkpointing=draw(st.booleans()),
+        checkpointing=draw(st.sampled_from(["auto", "always", "never"])),
         sharding=sharding,
-        offload=draw(st.sampled_from(["none", "optimizer", "all"])) if sharding != "none" else "none",
+        may_shard=sharding == "none" and devices > 1 and draw(st.booleans()),
+        offload=draw(st.sampled_from(["none", "optimizer", "all"])) if sharding[:4] == "zero" else "none",
         devices=devices,
         evaluates=draw(st.booleans()),
     )

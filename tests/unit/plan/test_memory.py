@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.unit.plan.shapes import architecture, architectures, devices, rows, setups
 from tuneloop.core.plan import CAUSES, Rows, Setup, peak
-from tuneloop.core.plan.memory import kept_bytes, large_bytes, model_states
+from tuneloop.core.plan.constants import LAUNCHERS_BYTES
+from tuneloop.core.plan.memory import kept_bytes, large_bytes, layer_bytes, model_states
 from tuneloop.core.plan.shape import lora_parameters, token_bytes
 from tuneloop.core.types import Architecture
 
@@ -27,7 +28,7 @@ def never_less(
     """But for one thing: on a CPU slack falls where blocks become so large that they leave no holes
     (`test_a_shape_that_is_wide_leaves_fewer_holes_than_one_of_many_small_blocks`)."""
     if device == "cpu":
-        assume(large_bytes(*after, kept_bytes(*after)) == 0)
+        assume(large_bytes(*after, kept_bytes(*after, device)) == 0)
     assert total(*after, device) >= total(*before, device)
 
 
@@ -46,13 +47,24 @@ def test_causes_add_up_to_the_total_and_none_is_negative(
 
 @settings(deadline=None)
 @given(architectures(), setups(), rows(), devices, st.integers(1, 8))
-def test_a_larger_batch_never_takes_less(
+def test_larger_packs_never_take_less(
     shape: Architecture, setup: Setup, lengths: Rows, device: Any, more: int
 ) -> None:
-    larger = setup.model_copy(
-        update={"batch_size": setup.batch_size + more, "eval_batch_size": setup.eval_batch_size + more}
-    )
+    """Of several: a pack that becomes the whole step saves the gradients that would add up."""
+    setup = setup.model_copy(update={"pack_tokens": max(1, setup.pack_tokens), "effective_batch": 10**6})
+    lengths = lengths.model_copy(update={"count": None})
+    larger = setup.model_copy(update={"pack_tokens": setup.pack_tokens + more})
     never_less((shape, setup, lengths), (shape, larger, lengths), device)
+
+
+@settings(deadline=None)
+@given(architectures(), setups(), rows(), devices)
+def test_the_batch_takes_no_memory_beyond_a_pack_and_the_gradients_that_add_up(
+    shape: Architecture, setup: Setup, lengths: Rows, device: Any
+) -> None:
+    lengths = lengths.model_copy(update={"count": None})
+    many, more = (setup.model_copy(update={"effective_batch": size}) for size in (10**6, 10**9))
+    assert total(shape, many, lengths, device) == total(shape, more, lengths, device)
 
 
 @settings(deadline=None)
@@ -60,6 +72,9 @@ def test_a_larger_batch_never_takes_less(
 def test_longer_rows_never_take_less(
     shape: Architecture, setup: Setup, lengths: Rows, device: Any, more: int
 ) -> None:
+    # One at a time: a row as long as the pack saves the seams of several.
+    setup = setup.model_copy(update={"effective_batch": 10**6, "is_packed": False})
+    lengths = lengths.model_copy(update={"count": None})
     longer = lengths.model_copy(update={"longest": lengths.longest + more})
     never_less((shape, setup, lengths), (shape, setup, longer), device)
 
@@ -81,9 +96,12 @@ def test_checkpointing_keeps_no_more_than_everything(
     shape: Architecture, setup: Setup, lengths: Rows, device: Any
 ) -> None:
     deep = shape.model_copy(update={"layers": shape.layers + 1})
-    plain = setup.model_copy(update={"checkpointing": False})
-    again = setup.model_copy(update={"checkpointing": True})
-    assert kept_bytes(deep, again, lengths) < kept_bytes(deep, plain, lengths)
+    plain = setup.model_copy(update={"checkpointing": "never"})
+    again = setup.model_copy(update={"checkpointing": "always"})
+    kept = kept_bytes(deep, again, lengths, device) + layer_bytes(deep, again, lengths, device)
+    assert kept_bytes(deep, again, lengths, device) < kept_bytes(deep, plain, lengths, device)
+    if deep.layers > 2:
+        assert kept < kept_bytes(deep, plain, lengths, device)
 
 
 @settings(deadline=None)
@@ -93,7 +111,7 @@ def test_each_stage_of_zero_shards_what_it_says(shape: Architecture, count: int)
         setup = Setup(sharding=sharding, devices=devices, is_bf16=True)  # type: ignore[arg-type]
         return model_states(shape, setup)
 
-    for stage in ("zero1", "zero2", "zero3"):
+    for stage in ("fsdp", "zero2", "zero3"):
         few, many = states(stage, count), states(stage, 2 * count)
         assert many["optimizer"] == pytest.approx(few["optimizer"] / 2)
     gathered = states("zero3", 10**12)["weights"]
@@ -101,8 +119,22 @@ def test_each_stage_of_zero_shards_what_it_says(shape: Architecture, count: int)
         (states("zero3", count)["weights"] - gathered) / 2, rel=1e-6
     )
     assert states("zero2", count)["weights"] == states("zero2", 2 * count)["weights"] == 2 * shape.parameters
-    ladder = [sum(states(stage, count).values()) for stage in ("zero1", "zero2")]
-    assert ladder[1] <= ladder[0]
+    whole = sum(states("none", 1).values())
+    assert sum(states("fsdp", count).values()) == pytest.approx(whole / count)
+
+
+def test_processes_of_one_machine_take_theirs_each_and_share_the_files_of_libraries() -> None:
+    lengths = Rows(longest=256)
+    one = peak(architecture(), Setup(effective_batch=8), lengths, device="cpu").device
+    two = Setup(effective_batch=8, devices=2)
+    found = peak(architecture(), two, lengths, device="cpu").device
+    for cause in ("weights", "optimizer", "activations"):
+        assert found.causes[cause] == 2 * one.causes[cause]  # type: ignore[index]
+    assert one.causes["process"] < found.causes["process"] < 2 * one.causes["process"] + LAUNCHERS_BYTES
+    sharded = peak(architecture(), two.model_copy(update={"sharding": "fsdp"}), lengths, device="cpu").device
+    assert sharded.causes["optimizer"] == one.causes["optimizer"]
+    # On GPUs each device is told by itself.
+    assert peak(architecture(), two, lengths, device="cuda").device.causes["weights"] == one.causes["weights"]
 
 
 @settings(deadline=None)
@@ -110,7 +142,7 @@ def test_each_stage_of_zero_shards_what_it_says(shape: Architecture, count: int)
 def test_what_is_offloaded_is_in_the_hosts_memory(
     shape: Architecture, lengths: Rows, stage: Any, count: int
 ) -> None:
-    kept = Setup(sharding=stage, devices=count, is_bf16=True, batch_size=1)
+    kept = Setup(sharding=stage, devices=count, is_bf16=True)
     aside = kept.model_copy(update={"offload": "optimizer"})
     on, off = (peak(shape, setup, lengths, device="cuda") for setup in (kept, aside))
     assert off.device.total_bytes <= on.device.total_bytes
@@ -168,12 +200,18 @@ def test_zero_counts_as_deepspeed_documents_it_for_t5_3b_on_eight_gpus(
         ("qwen2", 8, 9282),
         ("qwen3", 0, 11798),
         ("qwen3", 8, 10062),
+        ("gemma3_text", 0, 13857),
+        ("gemma3_text", 8, 11097),
+        ("mistral", 0, 10250),
+        ("mistral", 8, 9282),
     ],
 )
 def test_a_layer_keeps_what_autograd_was_seen_to_save(family: str, lora: int, numbers: int) -> None:
     """Numbers for each token, counted with saved_tensors_hooks over transformers' own modules: hidden 512,
     wide 1408, eight heads of 64 over four of keys and values."""
-    shape = architecture(family=family, key_value_heads=4, qk_norm=family == "qwen3")
+    has_norms = family in ("qwen3", "gemma3_text")
+    norms = 4 if family == "gemma3_text" else 2
+    shape = architecture(family=family, key_value_heads=4, qk_norm=has_norms, norms_per_layer=norms)
     found = token_bytes(shape, Setup(apply_lora=lora > 0, lora_r=lora or 8)) / 4
     assert found == pytest.approx(numbers, rel=0.003)
 
@@ -215,18 +253,39 @@ def test_precision_16_and_lora_and_adafactor_take_less_where_they_should() -> No
     assert total(shape, adafactor, lengths, "cuda") < total(shape, full, lengths, "cuda")
 
 
-def test_packing_several_rows_keeps_a_mask_that_grows_with_the_square() -> None:
-    shape = architecture(key_value_heads=2)
-    one = Setup(apply_lora=True, batch_size=1)
-    two = Setup(apply_lora=True, batch_size=2)
-    alone = kept_bytes(shape, one, Rows(longest=2048))
-    packed = kept_bytes(shape, two, Rows(longest=1024))
-    assert packed - alone == pytest.approx(8 * (4 * 2048**2 + 4 * 2 * (512 - 128) * 2048), rel=1e-6)
+@pytest.mark.parametrize(("family", "more"), [("llama", 512), ("qwen3", 512), ("phi3", 0)])
+def test_a_pack_of_several_rows_keeps_what_they_attended_to_once_more(family: str, more: int) -> None:
+    """Counted in the same way, of one row of 255 tokens and of three of 85."""
+    setup = Setup(apply_lora=True, effective_batch=3, pack_tokens=255)
+    shape = architecture(family=family, key_value_heads=4, qk_norm=family == "qwen3")
+    alone, packed = (kept_bytes(shape, setup, Rows(longest=length), "cpu") for length in (255, 85))
+    assert packed - alone == 8 * 255 * 4 * more
 
 
-def test_a_batch_larger_than_the_longest_rows_together_is_not_counted() -> None:
-    lengths = Rows(longest=1000, longest_batch=1500)
-    assert (lengths.micro_batch(1), lengths.micro_batch(8)) == (1000, 1500)
+def test_dora_keeps_what_base_and_adapter_gave() -> None:
+    """Counted: 33,150 numbers a token with the identity matrices that its norms are computed with and give
+    back, 19,008 without."""
+    setup = Setup(apply_lora=True, lora_r=8, is_dora=True)
+    assert token_bytes(architecture(key_value_heads=4), setup) / 4 == pytest.approx(19008, rel=0.003)
+
+
+def test_a_base_in_four_bits_packs_the_matrices_of_layers_and_nothing_else() -> None:
+    shape = architecture()
+    lora = Setup(apply_lora=True, is_bf16=True)
+    whole, packed = (
+        model_states(shape, setup)["weights"] for setup in (lora, lora.model_copy(update={"is_4bit": True}))
+    )
+    matrices = 8 * (4 * 512 * 512 + 3 * 512 * 1408)
+    assert whole - packed == pytest.approx(matrices * (2 - 0.5159), rel=1e-4)
+
+
+def test_logits_take_a_chunk_whatever_the_vocabulary() -> None:
+    lengths = Rows(longest=1024)
+    causes = [
+        peak(architecture(vocabulary_size=size), Setup(apply_lora=True), lengths, device="cpu").device.causes
+        for size in (64_000, 128_000)
+    ]
+    assert causes[0]["logits"] == causes[1]["logits"]
 
 
 @pytest.mark.parametrize("lora", [True, False])

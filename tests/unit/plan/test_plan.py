@@ -18,6 +18,8 @@ from tuneloop.core.plan import (
     Rate,
     Rows,
     Setup,
+    constants,
+    pack_of,
     peak,
     place_of_size,
     plan,
@@ -27,6 +29,7 @@ from tuneloop.core.plan import (
     smallest_changes,
 )
 from tuneloop.core.plan.cost import time
+from tuneloop.core.plan.setup import PACK_TOKENS
 from tuneloop.core.recipe import FinetuneParameters
 from tuneloop.core.types import Architecture, Card
 from tuneloop.workspace.catalog import CARDS
@@ -54,6 +57,7 @@ def test_every_change_that_is_offered_really_fits(
     shape: Architecture, setup: Setup, lengths: Rows, device: Any, share: float
 ) -> None:
     whole = peak(shape, setup, lengths, device=device)
+    setup = setup.model_copy(update={"offload": "none"})
     place = machine(
         round(share * whole.device.total_bytes), device=device, host_memory_bytes=10**15, has_fast_bf16=True
     )
@@ -63,7 +67,10 @@ def test_every_change_that_is_offered_really_fits(
 
 
 def test_a_change_applied_as_it_is_written_gives_the_peak_that_was_promised() -> None:
-    model, parameters = card(), finetune(per_device_train_batch_size=16, apply_lora=True)
+    model = card()
+    parameters = finetune(
+        per_device_train_batch_size=16, apply_lora=True, pack_tokens=4096, activation_checkpointing="never"
+    )
     here = machine(6 * GB)
     found = plan(model, parameters, LENGTHS, here)
     assert found.verdict == "does not fit"
@@ -79,16 +86,40 @@ def test_a_change_applied_as_it_is_written_gives_the_peak_that_was_promised() ->
         assert again.peak.device.total_bytes == change.total_bytes
 
 
-def test_a_smaller_micro_batch_keeps_the_effective_batch() -> None:
-    found = plan(card(), finetune(per_device_train_batch_size=16, apply_lora=True), LENGTHS, machine(8 * GB))
-    batch = next(change for change in found.changes if "per_device_train_batch_size" in change.what)
-    size = batch.settings["finetune.per_device_train_batch_size"]
-    assert size * batch.settings["finetune.gradient_accumulation_steps"] == 16  # type: ignore[operator]
-    assert batch.is_supported
+def test_what_a_recipe_has_fixed_is_what_may_change() -> None:
+    parameters = finetune(
+        per_device_train_batch_size=16, apply_lora=True, pack_tokens=8192, activation_checkpointing="never"
+    )
+    found = plan(card(), parameters, LENGTHS, machine(8 * GB))
+    settings = [change.settings for change in found.changes if change.is_supported]
+    assert {"finetune.activation_checkpointing": "always"} in settings
+    packs = next(each["finetune.pack_tokens"] for each in settings if "finetune.pack_tokens" in each)
+    assert 1024 <= packs < 8192  # type: ignore[operator]
+    assert not any("batch" in key for each in settings for key in each)
+
+
+def test_several_devices_may_shard_where_the_recipe_does_not() -> None:
+    parameters = finetune(number_of_gpu_to_use_finetuning=8, strategy="ddp", activation_checkpointing="never")
+    place = machine(40 * GB, device="cuda", gpus=8, host_memory_bytes=10**15)
+    phi = card("Phi-3-mini-4k-instruct")
+    found = plan(phi, parameters, LENGTHS, place)
+    assert found.verdict == "does not fit"
+    ways = {change.what: change.is_supported for change in found.changes}
+    assert any(what.startswith("strategy fsdp") and done for what, done in ways.items())
+    assert ways["ZeRO-2"]
+
+
+def test_a_base_in_four_bits_is_offered_on_a_gpu_alone() -> None:
+    phi, parameters = card("Phi-3-mini-4k-instruct"), finetune(apply_lora=True)
+    gpu = machine(10 * GB, device="cuda", gpus=1, host_memory_bytes=10**15, has_fast_bf16=True)
+    offered = {key for each in plan(phi, parameters, LENGTHS, gpu).changes for key in each.settings}
+    assert "finetune.quantization" in offered
+    here = plan(phi, parameters, LENGTHS, machine(10 * GB)).changes
+    assert "finetune.quantization" not in {key for each in here for key in each.settings}
 
 
 def test_where_no_single_change_suffices_several_together_are_offered() -> None:
-    parameters = finetune(per_device_train_batch_size=16)
+    parameters = finetune(per_device_train_batch_size=16, pack_tokens=8192, activation_checkpointing="never")
     found = plan(card(), parameters, Rows(longest=4096), machine(3 * GB))
     best = found.changes[0]
     assert best.is_supported
@@ -102,9 +133,10 @@ def test_what_fits_has_nothing_to_change() -> None:
 
 
 def test_what_nearly_fills_the_memory_is_called_tight() -> None:
-    needed = plan(card(), finetune(), LENGTHS, machine(100 * GB)).peak.device.total_bytes
-    assert plan(card(), finetune(), LENGTHS, machine(round(needed * 1.05))).verdict == "tight"
-    assert plan(card(), finetune(), LENGTHS, machine(needed - 1)).verdict == "does not fit"
+    parameters = finetune(activation_checkpointing="never", pack_tokens=1024)
+    needed = plan(card(), parameters, LENGTHS, machine(100 * GB)).peak.device.total_bytes
+    assert plan(card(), parameters, LENGTHS, machine(round(needed * 1.05))).verdict == "tight"
+    assert plan(card(), parameters, LENGTHS, machine(needed - 1)).verdict == "does not fit"
 
 
 def test_too_little_disk_is_a_reason_by_itself() -> None:
@@ -136,11 +168,10 @@ def test_a_size_is_planned_with_the_devices_that_are_asked_for() -> None:
         number_of_gpu_to_use_finetuning=8, num_nodes_finetune=2, apply_deepspeed=True, deepspeed_stage="3"
     )
     found = setup_at(parameters, place)
-    assert (found.devices, found.nodes, found.sharding, found.accumulation) == (16, 2, "zero3", 1)
+    assert (found.devices, found.nodes, found.sharding, found.effective_batch) == (16, 2, "zero3", 16)
     told = plan(card("Phi-3-mini-4k-instruct"), parameters, LENGTHS, place)
     assert told.setup.devices == 16
-    assert any("one device" in each for each in told.unsupported)
-    assert any("ZeRO-3" in each for each in told.unsupported)
+    assert len(told.unsupported) == 1
 
 
 def test_more_processes_than_a_size_has_gpus_are_refused_and_fewer_warned_of() -> None:
@@ -160,9 +191,31 @@ def test_a_size_outside_of_the_models_allow_list_is_warned_of() -> None:
     assert plan(phi, finetune(), LENGTHS, allowed).warnings == ()
 
 
-def test_here_devices_that_are_missing_are_made_up_for_by_accumulation() -> None:
-    found = setup_at(finetune(number_of_gpu_to_use_finetuning=4, apply_deepspeed=True), machine(GB))
-    assert (found.devices, found.accumulation, found.sharding) == (1, 4, "none")
+def test_devices_that_are_missing_leave_the_rows_of_a_step_as_they_were_asked_for() -> None:
+    asked = finetune(number_of_gpu_to_use_finetuning=4, apply_deepspeed=True, per_device_train_batch_size=2)
+    found = setup_at(asked, machine(GB))
+    assert (found.devices, found.effective_batch, found.sharding) == (1, 8, "none")
+
+
+def test_processes_are_counted_as_training_counts_them() -> None:
+    """`training.plan.processes_of` and `strategy_of`, which core cannot import."""
+    from tuneloop.training.plan import processes_of, strategy_of
+
+    for gpus in (0, 2, 8):
+        for asked, nodes, cpus in ((1, 1, 1), (4, 2, 2), (8, 1, 4)):
+            for changes in ({}, {"strategy": "fsdp"}, {"apply_deepspeed": True, "deepspeed_stage": "3"}):
+                values = finetune(
+                    number_of_gpu_to_use_finetuning=asked,
+                    num_nodes_finetune=nodes,
+                    cpu_processes=cpus,
+                    **changes,
+                )
+                place = machine(GB, gpus=gpus, device="cuda" if gpus else "cpu", nodes=2)
+                found = setup_at(values, place)
+                parameters = FinetuneParameters.model_validate(values)
+                assert found.devices == processes_of(parameters, gpus, 2)
+                named = {"none": "ddp" if found.devices > 1 else "plain"}.get(found.sharding, found.sharding)
+                assert named == strategy_of(parameters, found.devices)
 
 
 def test_precision_16_runs_as_32_where_16_is_slow() -> None:
@@ -173,9 +226,40 @@ def test_precision_16_runs_as_32_where_16_is_slow() -> None:
 # ---------------------------------------------------------------- rows, time, disk
 
 
-def test_a_micro_batch_holds_no_more_rows_than_there_are() -> None:
-    assert Rows(longest=100, count=3).micro_batch(8) == 300
-    assert Rows(longest=100).micro_batch(8) == 800
+def test_a_step_has_no_more_rows_than_there_are_and_no_more_tokens_than_the_longest_of_them() -> None:
+    assert Rows(longest=100, count=3).step(8) == 300
+    assert Rows(longest=100).step(8) == 800
+    assert Rows(longest=1000, longest_step=1500).step(8) == 1500
+    assert Rows(longest=1000, longest_step=1500).step(1) == 1000
+
+
+def test_rows_that_are_tokenised_are_counted_exactly() -> None:
+    found = Rows.counted([10, 400, 30, 60], 250, effective_batch=2, validation_lengths=[5, 7])
+    assert (found.longest, found.longest_step, found.count, found.tokens) == (400, 460, 4, 500)
+    assert (found.learned_share, found.validation_tokens, found.longest_evaluated) == (0.625, 12, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, 1024),
+        ({"effective_batch": 2}, 600),
+        ({"pack_tokens": 2000}, 2000),
+        ({"pack_tokens": 64}, 300),
+        ({"is_packed": False, "pack_tokens": 2000}, 300),
+        ({"devices": 16}, 600),
+    ],
+)
+def test_a_pack_is_what_training_computes_at_a_time(changes: dict[str, Any], tokens: int) -> None:
+    setup = Setup.model_validate({"effective_batch": 16, **changes})
+    assert pack_of(setup, Rows(longest=300), "cpu") == tokens
+
+
+def test_constants_that_are_set_elsewhere_are_those() -> None:
+    from tuneloop.training import head, loop
+
+    assert dict(PACK_TOKENS) == loop.PACK_TOKENS
+    assert dict(constants.LOGITS_CHUNK_BYTES) == head.CHUNK_BYTES
 
 
 def test_rows_cut_to_a_length_are_no_longer_than_it() -> None:
@@ -202,12 +286,14 @@ def test_lengths_are_guessed_from_characters_within_the_limit() -> None:
 def test_time_is_steps_and_tokens_over_the_rate() -> None:
     lengths = Rows(longest=100, count=10, tokens=1000, validation_tokens=300)
     rate = Rate(tokens_per_second=50.0, how="measured")
-    found = time(Setup(batch_size=2, accumulation=2, epochs=3), lengths, rate)
+    found = time(Setup(effective_batch=4, epochs=3), lengths, rate)
     assert (found.steps_per_epoch, found.steps) == (3, 9)
     assert found.seconds_per_epoch == pytest.approx(20 + 2)
     assert found.seconds == pytest.approx(60 + 3 * 2)
-    stopped = time(Setup(batch_size=2, accumulation=2, max_steps=3, evaluates=False), lengths, rate)
+    stopped = time(Setup(effective_batch=4, max_steps=3, evaluates=False), lengths, rate)
     assert stopped.seconds == pytest.approx(20)
+    again = time(Setup(effective_batch=10, checkpointing="always", evaluates=False), lengths, rate)
+    assert again.seconds == pytest.approx(20 * 4 / 3)
 
 
 def test_without_a_rate_or_data_the_time_is_said_to_be_unknown() -> None:
@@ -234,8 +320,9 @@ def test_three_ways_are_recommended_and_each_fits_with_room_to_spare() -> None:
     assert [each.settings.get("finetune.apply_lora") for each in found[:2]] == [False, True]
     assert all(each.total_bytes <= 0.9 * each.limit_bytes for each in found)
     for each in found[:2]:
-        batch = each.settings["finetune.per_device_train_batch_size"]
-        assert batch * each.settings["finetune.gradient_accumulation_steps"] == 8  # type: ignore[operator]
+        own = {key.removeprefix("finetune."): value for key, value in each.settings.items()}
+        again = plan(card(), finetune(**{**parameters, **own}), LENGTHS, machine(8 * GB))
+        assert again.peak.device.total_bytes == each.total_bytes
 
 
 def test_where_nothing_fits_here_sizes_are_recommended() -> None:

@@ -7,6 +7,7 @@ from itertools import combinations
 
 from pydantic import JsonValue
 
+from tuneloop.core.plan.choice import choose
 from tuneloop.core.plan.memory import Peak, peak
 from tuneloop.core.plan.setup import Place, Rows, Setup
 from tuneloop.core.types import Architecture, Noun
@@ -56,7 +57,15 @@ def smallest_changes(
     most three combinations; what this version does comes first, then what costs the result the least."""
 
     def measure(setup: Setup, rows: Rows) -> Peak:
-        return peak(architecture, setup, rows, device=place.device, file_bytes=file_bytes)
+        chosen = choose(
+            architecture,
+            setup,
+            rows,
+            device=place.device,
+            available_bytes=place.device_memory_bytes,
+            file_bytes=file_bytes,
+        )
+        return peak(architecture, chosen.setup, rows, device=place.device, file_bytes=file_bytes)
 
     moves = _moves(place)
     found = [
@@ -120,34 +129,42 @@ def _combined(
 
 
 def _moves(place: Place) -> list[Move]:
-    def batch(case: Case) -> Iterator[_Step]:
+    def packs(case: Case) -> Iterator[_Step]:
         setup, rows = case
-        size = setup.batch_size // 2
-        while size >= 1:
-            more = -(-setup.batch_size * setup.accumulation // size)
-            yield _Step(
-                what=f"per_device_train_batch_size {size}, gradient_accumulation_steps {more}: "
-                "the same result",
-                settings={
-                    "finetune.per_device_train_batch_size": size,
-                    "finetune.gradient_accumulation_steps": more,
-                },
-                setup=setup.model_copy(update={"batch_size": size, "accumulation": more}),
-                rows=rows,
-            )
-            size //= 2
+        # At 0 packs shrink by themselves.
+        tokens = setup.pack_tokens // 2
+        while setup.is_packed and tokens > rows.longest:
+            yield _packs_of(tokens, setup, rows)
+            tokens //= 2
+        if setup.is_packed and setup.pack_tokens > rows.longest:
+            yield _packs_of(rows.longest, setup, rows)
 
-    def evaluation(case: Case) -> Iterator[_Step]:
+    def checkpointing(case: Case) -> Iterator[_Step]:
         setup, rows = case
-        size = setup.eval_batch_size // 2
-        while size >= 1 and setup.evaluates:
+        if setup.checkpointing == "never":
             yield _Step(
-                what=f"per_device_eval_batch_size {size}: the same result",
-                settings={"finetune.per_device_eval_batch_size": size},
-                setup=setup.model_copy(update={"eval_batch_size": size}),
+                what="activation_checkpointing always: slower by a third, the same result",
+                settings={"finetune.activation_checkpointing": "always"},
+                setup=setup.model_copy(update={"checkpointing": "always"}),
                 rows=rows,
             )
-            size //= 2
+
+    def quantized(case: Case) -> Iterator[_Step]:
+        setup, rows = case
+        if not setup.is_4bit and setup.sharding == "none" and place.device == "cuda":
+            r = setup.lora_r if setup.apply_lora else LORA_R
+            lora: dict[str, JsonValue] = {} if setup.apply_lora else {"finetune.apply_lora": True}
+            yield _Step(
+                what="quantization 4bit (QLoRA)"
+                + ("" if setup.apply_lora else f", apply_lora true (rank {r})"),
+                settings={
+                    **lora,
+                    **({} if setup.apply_lora else {"finetune.lora_r": r}),
+                    "finetune.quantization": "4bit",
+                },
+                setup=setup.model_copy(update={"apply_lora": True, "lora_r": r, "is_4bit": True}),
+                rows=rows,
+            )
 
     def precision(case: Case) -> Iterator[_Step]:
         setup, rows = case
@@ -189,19 +206,21 @@ def _moves(place: Place) -> list[Move]:
                 rows=rows.cut_to(tokens),
             )
 
-    def checkpointing(case: Case) -> Iterator[_Step]:
+    def sharded(case: Case) -> Iterator[_Step]:
         setup, rows = case
-        if not setup.checkpointing:
-            yield _Step(
-                what="gradient checkpointing",
-                settings={},
-                setup=setup.model_copy(update={"checkpointing": True}),
-                rows=rows,
-                is_supported=False,
-            )
+        if setup.sharding != "none" or not setup.can_shard:
+            return
+        yield _Step(
+            what=f"strategy fsdp: each of {setup.devices} processes holds a part",
+            settings={"finetune.strategy": "fsdp", "finetune.apply_deepspeed": False},
+            setup=setup.model_copy(update={"sharding": "fsdp"}),
+            rows=rows,
+        )
 
     def zero(case: Case) -> Iterator[_Step]:
         setup, rows = case
+        if setup.devices > 1 and not setup.can_shard:
+            return
         ladder = (("zero2", "none"), ("zero3", "none"), ("zero2", "optimizer"), ("zero3", "all"))
         for stage, offload in ladder if setup.devices > 1 else ladder[2:]:
             aside = {"none": "", "optimizer": ", optimiser offloaded", "all": ", all offloaded"}[offload]
@@ -210,11 +229,20 @@ def _moves(place: Place) -> list[Move]:
                 settings={"finetune.apply_deepspeed": True, "finetune.deepspeed_stage": stage[-1]},
                 setup=setup.model_copy(update={"sharding": stage, "offload": offload}),
                 rows=rows,
-                is_supported=False,
+                is_supported=offload == "none",
             )
 
-    found: list[Move] = [batch, evaluation, precision, lora, length, adafactor, checkpointing]
-    return [*found, zero] if place.device == "cuda" else found
+    found: list[Move] = [packs, checkpointing, sharded, precision, lora, length, adafactor]
+    return [*found, quantized, zero] if place.device == "cuda" else found
+
+
+def _packs_of(tokens: int, setup: Setup, rows: Rows) -> _Step:
+    return _Step(
+        what=f"pack_tokens {tokens}: the same result",
+        settings={"finetune.pack_tokens": tokens},
+        setup=setup.model_copy(update={"pack_tokens": tokens}),
+        rows=rows,
+    )
 
 
 def _shorter(longest: int) -> Iterator[int]:

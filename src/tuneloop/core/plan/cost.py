@@ -16,6 +16,8 @@ CHECKPOINTS_AT_LEAST = 2
 """The newest two stay while training goes on (`training.checkpoint.prune`)."""
 FORWARD_SHARE = 1 / 3
 """Of a training step's time: a backward pass costs about two forward passes (arXiv:2001.08361, 2.1)."""
+RECOMPUTED = 4 / 3
+"""Of a training step's time where layers are computed again: one more forward pass (arXiv:1604.06174)."""
 
 
 class Disk(Noun):
@@ -26,7 +28,7 @@ class Disk(Noun):
 
 
 class Rate(Noun):
-    """What training does in a second, and how that is known."""
+    """What a device does in a second, and how that is known."""
 
     tokens_per_second: float
     how: str
@@ -93,8 +95,9 @@ def time(setup: Setup, rows: Rows, rate: Rate | None) -> Time:
     steps = setup.max_steps if setup.max_steps > 0 else per_epoch * setup.epochs
     if rate is None:
         return Time(steps_per_epoch=per_epoch, steps=steps, how="the rate of this place is not measured")
-    training = rows.tokens / (rate.tokens_per_second * setup.devices)
-    evaluation = FORWARD_SHARE * rows.validation_tokens / rate.tokens_per_second if setup.evaluates else 0.0
+    speed = rate.tokens_per_second * setup.devices
+    training = (RECOMPUTED if setup.is_checkpointed else 1.0) * rows.tokens / speed
+    evaluation = FORWARD_SHARE * rows.validation_tokens / speed if setup.evaluates else 0.0
     epochs = steps / per_epoch
     return Time(
         steps_per_epoch=per_epoch,

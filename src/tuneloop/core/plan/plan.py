@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from tuneloop.core import sizes
 from tuneloop.core.plan.changes import LORA_R, Change, fits, smallest_changes
+from tuneloop.core.plan.choice import Choice, choose
 from tuneloop.core.plan.cost import Disk, Rate, Time, disk, time, weights_on_disk
 from tuneloop.core.plan.memory import Peak, peak
 from tuneloop.core.plan.setup import Place, Rows, Setup
@@ -77,12 +78,11 @@ def place_of_size(size: sizes.Size, nodes: int = 1) -> Place:
 
 
 def setup_at(finetune: Mapping[str, Any], place: Place) -> Setup:
-    """As training would run there: this version trains in one process on this machine; on a size, as many
-    devices as are asked for."""
-    asked = finetune["number_of_gpu_to_use_finetuning"] * finetune["num_nodes_finetune"]
-    devices = 1 if place.is_here or place.device == "cpu" else max(1, min(asked, place.devices))
-    nodes = min(finetune["num_nodes_finetune"], place.nodes) if devices > 1 else 1
-    return Setup.of(finetune, has_fast_bf16=place.has_fast_bf16, devices=devices, nodes=nodes)
+    """As training runs there: a process for each GPU, and without any as many as `cpu_processes` lets; never
+    more than are asked for (`training.plan.processes_of`)."""
+    each = min(finetune["number_of_gpu_to_use_finetuning"], place.gpus or finetune["cpu_processes"])
+    nodes = min(finetune["num_nodes_finetune"], place.nodes)
+    return Setup.of(finetune, has_fast_bf16=place.has_fast_bf16, devices=each * nodes, nodes=nodes)
 
 
 def plan(
@@ -91,8 +91,8 @@ def plan(
     """`finetune` are the parameters of the step, resolved. Raises `Unsupported` for more processes than a
     node of the size has GPUs."""
     warnings = [] if place.is_here else _checked(card, finetune, place)
-    setup = setup_at(finetune, place)
-    file_bytes = weights_on_disk(card)
+    asked, file_bytes = setup_at(finetune, place), weights_on_disk(card)
+    setup = _chosen(card, asked, rows, place).setup
     found = peak(card.architecture, setup, rows, device=place.device, file_bytes=file_bytes)
     space = disk(card, setup, rows, finetune)
     reasons = _reasons(found, place, space)
@@ -101,7 +101,7 @@ def plan(
     changes = (
         []
         if fits(found, place)
-        else smallest_changes(card.architecture, setup, rows, place, file_bytes=file_bytes)
+        else smallest_changes(card.architecture, asked, rows, place, file_bytes=file_bytes)
     )
     return Plan(
         model=f"{card.name}:{card.version}",
@@ -116,7 +116,7 @@ def plan(
         time=time(setup, rows, rate),
         verdict="does not fit" if not is_fit else "tight" if share > TIGHT else "fits",
         reasons=tuple(reasons),
-        unsupported=tuple(_unsupported(setup, place)),
+        unsupported=tuple(_unsupported(place)),
         warnings=tuple(warnings),
         changes=tuple(changes),
         sizes=() if fits(found, place) else tuple(sizes_that_fit(card, finetune, rows)),
@@ -152,15 +152,22 @@ def _reasons(found: Peak, place: Place, space: Disk) -> list[str]:
     return reasons
 
 
-def _unsupported(setup: Setup, place: Place) -> list[str]:
-    found = []
-    if not place.is_here:
-        found.append(f"steps run on this machine, not on a {place.name}: the plan holds for that size alone")
-    if setup.devices > 1:
-        found.append(f"this version trains on one device; {setup.devices} are planned")
-    if setup.sharding != "none":
-        found.append(f"this version does not shard (ZeRO-{setup.sharding[-1]} is planned)")
-    return found
+def _chosen(card: Card, setup: Setup, rows: Rows, place: Place, share: float = 1.0) -> Choice:
+    """As the step will choose with that `share` of the place's memory."""
+    return choose(
+        card.architecture,
+        setup,
+        rows,
+        device=place.device,
+        available_bytes=int(share * place.device_memory_bytes),
+        file_bytes=weights_on_disk(card),
+    )
+
+
+def _unsupported(place: Place) -> list[str]:
+    if place.is_here:
+        return []
+    return [f"steps run on this machine, not on a {place.name}: the plan holds for that size alone"]
 
 
 def gigabytes(count: int) -> str:
@@ -184,9 +191,11 @@ def sizes_that_fit(
             continue
         if sizes.why_not_allowed(size.name, allowed) is not None:
             continue
+        place = place_of_size(size)
         setup = Setup.of(finetune, has_fast_bf16=size.has_fast_bf16)
-        reached = peak(card.architecture, setup, rows, device="cuda", file_bytes=weights_on_disk(card))
-        if fits(reached, place_of_size(size)):
+        chosen = _chosen(card, setup, rows, place).setup
+        reached = peak(card.architecture, chosen, rows, device="cuda", file_bytes=weights_on_disk(card))
+        if fits(reached, place):
             seen.add(kind)
             found.append(_of_size(size, reached))
     return found[:most]
@@ -204,14 +213,12 @@ def _of_size(size: sizes.Size, reached: Peak) -> Recommendation:
 
 
 def recommend(card: Card, finetune: Mapping[str, Any], rows: Rows, place: Place) -> list[Recommendation]:
-    """The three best ways: settings that fit the place, of each method the one with the largest
-    micro-batch at the same effective batch (fewer, larger products are faster), the method that was
-    written first; then the smallest sizes."""
+    """The three best ways: of each method, the one that was written first, what fits the place with a tenth
+    to spare and recomputes the least; then the smallest sizes."""
     setup = setup_at(finetune, place)
-    methods = [setup, _as_lora(setup), _as_full(setup)]
     found: list[Recommendation] = []
-    for method in methods:
-        best = _largest_batch(card, method, rows, place)
+    for method in (setup, _as_lora(setup), _as_full(setup)):
+        best = _best(card, method, rows, place)
         if best is not None and all(best.settings != other.settings for other in found):
             found.append(best)
     return [*found, *sizes_that_fit(card, finetune, rows)][:3]
@@ -224,36 +231,41 @@ def _as_lora(setup: Setup) -> Setup:
 
 
 def _as_full(setup: Setup) -> Setup:
-    return setup.model_copy(update={"apply_lora": False, "has_dropout": False})
+    return setup.model_copy(
+        update={"apply_lora": False, "has_dropout": False, "is_dora": False, "is_4bit": False}
+    )
 
 
-def _largest_batch(card: Card, setup: Setup, rows: Rows, place: Place) -> Recommendation | None:
-    """Of the ways to cut the effective batch, the coarsest that leaves a tenth of the memory."""
-    effective = setup.batch_size * setup.accumulation
-    for size in (count for count in range(effective, 0, -1) if effective % count == 0):
-        tried = setup.model_copy(update={"batch_size": size, "accumulation": effective // size})
-        reached = peak(card.architecture, tried, rows, device=place.device, file_bytes=weights_on_disk(card))
-        if reached.device.total_bytes <= TIGHT * place.device_memory_bytes and fits(reached, place):
-            return _of_setting(tried, reached, place)
-    return None
+def _best(card: Card, setup: Setup, rows: Rows, place: Place) -> Recommendation | None:
+    chosen = _chosen(card, setup, rows, place, TIGHT)
+    if not chosen.is_fit:
+        return None
+    reached = peak(
+        card.architecture, chosen.setup, rows, device=place.device, file_bytes=weights_on_disk(card)
+    )
+    return _of_setting(chosen, reached, place) if fits(reached, place) else None
 
 
-def _of_setting(setup: Setup, reached: Peak, place: Place) -> Recommendation:
+def _of_setting(chosen: Choice, reached: Peak, place: Place) -> Recommendation:
+    setup = chosen.setup
     method = f"LoRA (rank {setup.lora_r})" if setup.apply_lora else "all weights"
     settings: dict[str, JsonValue] = {
         "finetune.apply_lora": setup.apply_lora,
-        "finetune.per_device_train_batch_size": setup.batch_size,
-        "finetune.gradient_accumulation_steps": setup.accumulation,
+        "finetune.pack_tokens": chosen.pack_tokens,
+        "finetune.activation_checkpointing": "always" if chosen.is_checkpointed else "never",
     }
     if setup.apply_lora:
         settings["finetune.lora_r"] = setup.lora_r
+    if chosen.strategy in ("ddp", "fsdp"):
+        settings["finetune.strategy"] = chosen.strategy
+    again = ", activations computed again" if chosen.is_checkpointed else ""
     return Recommendation(
-        what=f"{method}, micro-batches of {setup.batch_size}, {setup.accumulation} of them a step",
+        what=f"{method}, {chosen.pack_tokens} tokens at a time{again}",
         place=place.name,
         settings=settings,
         total_bytes=reached.device.total_bytes,
         limit_bytes=place.device_memory_bytes,
-        is_supported=place.is_here and setup.devices == 1,
+        is_supported=place.is_here,
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
+from tuneloop.core import deepspeed
 from tuneloop.core.types import Noun
 
-Sharding = Literal["none", "zero1", "zero2", "zero3"]
-"""How model states are cut between devices (ZeRO, arXiv:1910.02054). FSDP's full sharding plans as
-`zero3`."""
+Sharding = Literal["none", "fsdp", "zero2", "zero3"]
+"""How model states are cut between devices: not at all (one device, or DDP), FSDP2's full sharding, ZeRO
+(arXiv:1910.02054)."""
+
+Checkpointing = Literal["auto", "always", "never"]
+"""Whether activations are computed again in the backward pass. `auto` plans as `never`; `choose` decides."""
 
 Offload = Literal["none", "optimizer", "all"]
 """What of the states lies in the host's memory: nothing, the optimiser, or the optimiser and the weights."""
@@ -27,6 +31,10 @@ GEMM_TARGETS = (
 )
 
 
+PACK_TOKENS: Mapping[str, int] = {"cpu": 1024, "cuda": 8192}
+"""Most tokens of a pack unless a recipe says otherwise or the longest row has more (`training.loop`)."""
+
+
 class Setup(Noun):
     """How a model is trained. Everything that moves memory or time, and nothing else."""
 
@@ -36,21 +44,27 @@ class Setup(Noun):
     """None: every linear layer but the head."""
     has_dropout: bool = False
     """In front of the adapters."""
-    batch_size: int = 1
-    """Rows of a micro-batch on one device."""
-    eval_batch_size: int = 1
-    accumulation: int = 1
+    is_dora: bool = False
+    is_4bit: bool = False
+    """The frozen matrices of layers in NF4 (QLoRA, arXiv:2305.14314)."""
+    effective_batch: int = 1
+    """Rows of an optimiser step, over all devices. Takes no memory."""
+    is_packed: bool = True
+    """Several rows may be computed at a time; False: one."""
+    pack_tokens: int = 0
+    """Most tokens that a device computes at a time; 0: `PACK_TOKENS`. A longer row is computed alone."""
+    checkpointing: Checkpointing = "auto"
     is_bf16: bool = False
     """Matrix products, and frozen weights, in 16 bits; what is trained stays in 32 (but see `sharding`)."""
     optimizer: Literal["adamw_torch", "adafactor"] = "adamw_torch"
-    is_packed: bool = True
-    """A micro-batch's rows lie end to end in one row; False: padded to the longest."""
-    checkpointing: bool = False
-    """Only the inputs of layers are kept; the rest is computed again."""
     sharding: Sharding = "none"
+    may_shard: bool = False
+    """`strategy: auto`: `choose` may turn DDP into FSDP where memory is short."""
+    bucket_numbers: int | None = None
+    """Of ZeRO's reduction; None: the square of the hidden size."""
     offload: Offload = "none"
     devices: int = 1
-    """Of all nodes."""
+    """Of all nodes: one process each."""
     nodes: int = 1
     evaluates: bool = True
     epochs: int = 1
@@ -62,25 +76,31 @@ class Setup(Noun):
     ) -> Self:
         """From the parameters of a finetune step (`FinetuneParameters.model_dump()`).
 
-        Without fast 16-bit arithmetic precision "16" runs as "32", as training does; with one device ZeRO
-        has nothing to shard. Devices that are asked for and not there are made up for by accumulation.
+        Without fast 16-bit arithmetic precision "16" runs as "32", as training does; one device shards
+        nothing. Devices that are asked for and not there change how long a step takes, not what it learns.
         """
         asked = finetune["number_of_gpu_to_use_finetuning"] * finetune["num_nodes_finetune"]
-        is_sharded = bool(finetune["apply_deepspeed"]) and devices > 1
-        targets = finetune.get("lora_target_modules")
+        targets = finetune["lora_target_modules"]
+        zero = deepspeed.settings_of(finetune) if devices > 1 else None
+        bucket = None if zero is None else zero.zero.get("reduce_bucket_size")
         return cls(
             apply_lora=finetune["apply_lora"],
             lora_r=finetune["lora_r"],
             lora_targets=None if targets is None else tuple(targets),
             has_dropout=finetune["lora_dropout"] > 0,
-            batch_size=finetune["per_device_train_batch_size"],
-            eval_batch_size=finetune["per_device_eval_batch_size"],
-            accumulation=finetune["gradient_accumulation_steps"] * max(1, -(-asked // devices)),
+            is_dora=finetune["apply_lora"] and finetune["lora_use_dora"],
+            is_4bit=finetune["apply_lora"] and finetune["quantization"] == "4bit",
+            effective_batch=finetune["per_device_train_batch_size"]
+            * finetune["gradient_accumulation_steps"]
+            * asked,
+            is_packed=finetune["packing"],
+            pack_tokens=finetune["pack_tokens"],
+            checkpointing=finetune["activation_checkpointing"],
             is_bf16=str(finetune["precision"]) == "16" and has_fast_bf16,
             optimizer=finetune["optim"],
-            sharding=("none", "zero1", "zero2", "zero3")[int(finetune["deepspeed_stage"])]
-            if is_sharded
-            else "none",
+            sharding=_sharding(finetune, devices),
+            may_shard=devices > 1 and not finetune["apply_deepspeed"] and finetune["strategy"] == "auto",
+            bucket_numbers=bucket if isinstance(bucket, int) else None,
             devices=devices,
             nodes=nodes,
             evaluates=finetune["evaluation_strategy"] != "disable",
@@ -89,8 +109,27 @@ class Setup(Noun):
         )
 
     @property
-    def effective_batch(self) -> int:
-        return self.batch_size * self.accumulation * self.devices
+    def is_checkpointed(self) -> bool:
+        return self.checkpointing == "always"
+
+    @property
+    def can_shard(self) -> bool:
+        """Adafactor needs whole rows and columns, and weights in 4 bits are not cut."""
+        return self.devices > 1 and self.optimizer != "adafactor" and not self.is_4bit
+
+    @property
+    def processes_here(self) -> int:
+        """Of one node."""
+        return max(1, self.devices // self.nodes)
+
+
+def _sharding(finetune: Mapping[str, Any], devices: int) -> Sharding:
+    """As `training.plan.strategy_of`."""
+    if devices == 1:
+        return "none"
+    if finetune["apply_deepspeed"]:
+        return "zero3" if str(finetune["deepspeed_stage"]) == "3" else "zero2"
+    return "fsdp" if finetune["strategy"] == "fsdp" else "none"
 
 
 Knowledge = Literal["tokens", "characters", "worst case"]
@@ -102,10 +141,10 @@ class Rows(Noun):
 
     longest: int
     """Tokens of the longest row, after `max_seq_length` is obeyed."""
-    longest_batch: int | None = None
-    """Tokens of the longest micro-batch that can be drawn; None: the longest row times the batch size."""
+    longest_step: int | None = None
+    """Tokens of the most that an optimiser step can draw; None: the longest row times the effective batch."""
     learned_share: float = 1.0
-    """Of the longest micro-batch's tokens, those that count for the loss."""
+    """Of a pack's tokens, those that count for the loss."""
     count: int | None = None
     """Training rows; None where there is no data yet."""
     tokens: int | None = None
@@ -115,10 +154,34 @@ class Rows(Noun):
     """Of the validation rows; None: as `longest`."""
     known_by: Knowledge = "worst case"
 
-    def micro_batch(self, batch_size: int) -> int:
-        """Tokens of the longest micro-batch; there are no more rows in it than there are."""
-        whole = self.longest * (batch_size if self.count is None else min(batch_size, max(1, self.count)))
-        return whole if self.longest_batch is None else min(whole, self.longest_batch)
+    @classmethod
+    def counted(
+        cls,
+        lengths: Sequence[int],
+        learned: int,
+        *,
+        effective_batch: int,
+        validation_lengths: Sequence[int] = (),
+    ) -> Self:
+        """Of rows that are tokenised: `lengths` in tokens, `learned` tokens of all of them."""
+        descending = sorted((int(each) for each in lengths), reverse=True)
+        return cls(
+            longest=descending[0],
+            longest_step=sum(descending[:effective_batch]),
+            # Of a pack: rows differ, so a quarter more than the mean.
+            learned_share=min(1.0, 1.25 * learned / max(1, sum(descending))),
+            count=len(descending),
+            tokens=sum(descending),
+            validation_tokens=sum(int(each) for each in validation_lengths),
+            longest_evaluated=max((int(each) for each in validation_lengths), default=None),
+            known_by="tokens",
+        )
+
+    def step(self, effective_batch: int) -> int:
+        """Tokens of the most that an optimiser step can draw; there are no more rows in it than there are."""
+        count = effective_batch if self.count is None else min(effective_batch, max(1, self.count))
+        whole = self.longest * count
+        return whole if self.longest_step is None else max(self.longest, min(whole, self.longest_step))
 
     def cut_to(self, length: int) -> Self:
         """As if `max_seq_length` were `length`."""
@@ -128,7 +191,7 @@ class Rows(Noun):
         return self.model_copy(
             update={
                 "longest": length,
-                "longest_batch": None,
+                "longest_step": None,
                 "longest_evaluated": None
                 if self.longest_evaluated is None
                 else min(length, self.longest_evaluated),
@@ -138,6 +201,30 @@ class Rows(Noun):
                 else min(self.tokens, max(int(self.tokens * share), min(self.tokens, self.count * length))),
             }
         )
+
+
+def pack_of(setup: Setup, rows: Rows, device: str) -> int:
+    """Tokens of the longest pack that a device computes."""
+    if not setup.is_packed:
+        return rows.longest
+    budget = setup.pack_tokens or PACK_TOKENS[device]
+    step = rows.step(setup.effective_batch)
+    # Shares differ by a row at most (`training.packing.shares`).
+    share = step if setup.devices == 1 else min(step, -(-step // setup.devices) + rows.longest)
+    return max(rows.longest, min(budget, share))
+
+
+def has_several_packs(setup: Setup, rows: Rows, device: str) -> bool:
+    """Whether a device computes several packs in an optimiser step."""
+    return rows.step(setup.effective_batch) > setup.devices * pack_of(setup, rows, device)
+
+
+def evaluated_pack_of(setup: Setup, rows: Rows, device: str) -> int:
+    """The same of validation rows."""
+    longest = rows.longest if rows.longest_evaluated is None else rows.longest_evaluated
+    if not setup.is_packed:
+        return longest
+    return max(longest, min(setup.pack_tokens or PACK_TOKENS[device], max(longest, rows.validation_tokens)))
 
 
 TOKEN_CHARACTERS = 3.2

@@ -1,8 +1,8 @@
 """What one layer of a decoder keeps and holds, counted from its shape.
 
 The counts are those of transformers' eager modules (Llama, Qwen, Mistral, Gemma; Phi-3 with its fused
-projections) under autograd, read off with `torch.autograd.graph.saved_tensors_hooks`. "Numbers" are elements,
-not bytes.
+projections) with `training.attention` under autograd, read off with
+`torch.autograd.graph.saved_tensors_hooks`. "Numbers" are elements, not bytes.
 """
 
 from __future__ import annotations
@@ -73,8 +73,17 @@ def adapted(architecture: Architecture, setup: Setup) -> list[Linear]:
 
 
 def lora_parameters(architecture: Architecture, setup: Setup) -> int:
-    each = sum(setup.lora_r * (one.inputs + one.outputs) for one in adapted(architecture, setup))
+    """DoRA (arXiv:2402.09353) has a magnitude for each output beside."""
+    each = sum(
+        setup.lora_r * (one.inputs + one.outputs) + (one.outputs if setup.is_dora else 0)
+        for one in adapted(architecture, setup)
+    )
     return architecture.layers * each
+
+
+def layer_matrices(architecture: Architecture) -> int:
+    """Parameters of all layers' matrices: what 4-bit quantisation packs."""
+    return architecture.layers * sum(each.numbers for each in linears(architecture))
 
 
 def trained_parameters(architecture: Architecture, setup: Setup) -> int:
@@ -83,8 +92,17 @@ def trained_parameters(architecture: Architecture, setup: Setup) -> int:
 
 def linear_parameters(architecture: Architecture) -> int:
     """Of all layers' matrices and the head: what 16-bit arithmetic casts."""
-    head = architecture.vocabulary_size * architecture.hidden_size
-    return architecture.layers * sum(each.numbers for each in linears(architecture)) + head
+    return layer_matrices(architecture) + table(architecture)
+
+
+def table(architecture: Architecture) -> int:
+    """Numbers of the embedding, and of the head."""
+    return architecture.vocabulary_size * architecture.hidden_size
+
+
+def tables(architecture: Architecture) -> int:
+    """Numbers of the embedding and the head, which may be one."""
+    return (1 if architecture.tied_embeddings else 2) * table(architecture)
 
 
 def largest_layer(architecture: Architecture) -> int:
@@ -94,7 +112,7 @@ def largest_layer(architecture: Architecture) -> int:
 
 
 def token_bytes(architecture: Architecture, setup: Setup) -> int:
-    """Bytes that one layer keeps for the backward pass, for each token, but for the mask."""
+    """Bytes that one layer keeps for the backward pass, for each token of a pack of one conversation."""
     hidden, wide = architecture.hidden_size, architecture.intermediate_size
     queries, values = _widths(architecture)
     names = {each.name for each in adapted(architecture, setup)} if setup.apply_lora else None
@@ -120,6 +138,9 @@ def token_bytes(architecture: Architecture, setup: Setup) -> int:
         low += queries if setup.is_bf16 and keeps("o_proj") else 0
         if setup.has_dropout:
             low += 2 * sum(each.inputs for each in adapted(architecture, setup))
+        if setup.is_dora:
+            # What the base and the adapter gave, for the magnitude's gradient.
+            low += 2 * sum(each.outputs for each in adapted(architecture, setup))
     return 4 * full + (2 if setup.is_bf16 else 4) * low
 
 
@@ -130,14 +151,11 @@ def _casts(architecture: Architecture, setup: Setup, names: set[str] | None) -> 
     return len(there if names is None else there & names)
 
 
-def mask_bytes(architecture: Architecture, setup: Setup, tokens: int) -> int:
-    """What one layer keeps of the mask over a packed micro-batch of several rows: T x T numbers, and keys and
-    values repeated for every query head (without a mask SDPA shares them)."""
-    if setup.batch_size <= 1 or not setup.is_packed:
-        return 0
-    queries, values = _widths(architecture)
-    size = 2 if setup.is_bf16 else 4
-    return size * (tokens * tokens + 2 * (queries - values) * tokens)
+def seam_bytes(architecture: Architecture, setup: Setup) -> int:
+    """What a layer keeps more of each token where a pack holds several conversations: what they attended to
+    is put together anew. Fused projections keep that copy in any case."""
+    queries, _ = _widths(architecture)
+    return 0 if is_fused(architecture) else (2 if setup.is_bf16 else 4) * queries
 
 
 def layer_inputs_bytes(architecture: Architecture, setup: Setup) -> int:

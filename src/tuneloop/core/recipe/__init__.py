@@ -6,10 +6,13 @@ values       how one value may be written
 parameters   what each kind of step can be told
 component    the 69 inputs of Azure's chat-completion component, and where each stands in a recipe
 written      the recipe as it is written
+pasted       the section `component`, unfolded to where its inputs stand in a recipe
+attached     files that a recipe names beside its data
 lined        YAML with line numbers; cards are read with it too
 parse, resolve, compile, key    the way from text to a step's key
 """
 
+from tuneloop.core.recipe.attached import attach
 from tuneloop.core.recipe.compile import (
     compile_job,
     dataset_label,
@@ -44,6 +47,7 @@ __all__ = [
     "PreprocessParameters",
     "Recipe",
     "Resolved",
+    "attach",
     "compile_job",
     "dataset_label",
     "defaults_of",

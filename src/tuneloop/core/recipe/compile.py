@@ -104,17 +104,20 @@ def compile_job(
     gpus_per_node: int | None = None,
     rows: Rows | None = None,
     gpus: int = 0,
+    memory_bytes: int | None = None,
 ) -> Job:
     """`inputs`: role (train, validation, test, questions) to artifact; `dataset_names`: role to dataset.
     `rows` are the expected lengths of the training rows (left out: the longest that are let in); `gpus` are
-    this machine's. Both decide what the finetune step claims."""
+    this machine's, `memory_bytes` what may be claimed of it. They decide what the finetune step claims."""
     recipe = resolved.recipe
     text = dump_resolved(resolved)
     return Job(
         name=name,
         display_name=display_name(resolved, gpus_per_node=gpus_per_node),
         experiment=experiment or recipe.experiment,
-        steps=tuple(_sized(step, resolved, card, rows, gpus) for step in _steps(resolved, card, inputs)),
+        steps=tuple(
+            _sized(step, resolved, card, rows, gpus, memory_bytes) for step in _steps(resolved, card, inputs)
+        ),
         outputs=_outputs(resolved),
         settings=JobSettings(
             force_rerun=force_rerun or recipe.settings.force_rerun,
@@ -132,11 +135,14 @@ def compile_job(
     )
 
 
-def _sized(step: Step, resolved: Resolved, card: Card, rows: Rows | None, gpus: int) -> Step:
+def _sized(
+    step: Step, resolved: Resolved, card: Card, rows: Rows | None, gpus: int, available: int | None
+) -> Step:
     """With the memory that it is expected to take."""
     if step.kind == "finetune":
         known = rows or rows_expected(None, resolved.preprocess.max_seq_length, card)
-        expected = finetune_memory_bytes(card, resolved.finetune.model_dump(), known, gpus=gpus)
+        finetune = resolved.finetune.model_dump()
+        expected = finetune_memory_bytes(card, finetune, known, gpus=gpus, available_bytes=available)
     else:
         expected = step_memory_bytes(step.kind, card.parameters, this_machine().cores)
     return step.model_copy(update={"memory_bytes": expected})

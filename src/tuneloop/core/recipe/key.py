@@ -15,11 +15,14 @@ from tuneloop.core.types import Step, StepKind
 STEP_VERSIONS: Mapping[StepKind, int] = {
     "model_import": 2,
     "preprocess": 2,
-    "finetune": 1,
+    "finetune": 2,
     "export": 1,
     "evaluate": 1,
 }
 """Raise a kind's number when the same parameters and inputs lead to other outputs than before."""
+
+_NOT_THE_OUTPUT = frozenset({"checkpoint_seconds", "checkpoint_steps"})
+"""Parameters that say how often a run is saved on its way, and nothing about where it ends."""
 
 
 def step_key(step: Step, input_digests: Mapping[str, str]) -> str:
@@ -27,10 +30,11 @@ def step_key(step: Step, input_digests: Mapping[str, str]) -> str:
 
     Names, computes and environments are left out; a parameter that is new and at its default changes nothing.
     """
+    parameters = differing(step.kind, step.parameters)
     described = {
         "kind": step.kind,
         "version": STEP_VERSIONS[step.kind],
-        "parameters": differing(step.kind, step.parameters),
+        "parameters": {name: value for name, value in parameters.items() if name not in _NOT_THE_OUTPUT},
         "inputs": dict(input_digests),
     }
     return "sha256:" + hashlib.sha256(canonical(described).encode()).hexdigest()

@@ -107,10 +107,29 @@ class PreprocessParameters(Parameters):
 
 
 class FinetuneParameters(Parameters):
-    """Rows 6, 7 and 23 to 63 of the pipeline component's inputs, the bounds of models' tags, one of ours."""
+    """Rows 6, 7 and 23 to 63 of the pipeline component's inputs, the bounds of models' tags, and ours."""
 
     number_of_gpu_to_use_finetuning: Count = Field(default=1, description="Processes per node, one GPU each.")
     num_nodes_finetune: Count = Field(default=1, description="Nodes of the training step.")
+    fewer_devices: Literal["accumulate", "refuse"] = Field(
+        default="accumulate",
+        description=(
+            "Tuneloop: where fewer devices exist than are asked for. accumulate: the effective batch is kept "
+            "by accumulating gradients over more micro-batches. refuse: the step fails."
+        ),
+    )
+    cpu_processes: Count = Field(
+        default=1,
+        description="Tuneloop: on a machine without GPUs, the most processes that training uses there.",
+    )
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto",
+        description=(
+            "Tuneloop: how several processes share the work. ddp: each holds the whole model. fsdp: each "
+            "holds a part (FSDP2). auto: ddp where it fits into memory, else fsdp. apply_deepspeed decides "
+            "for ZeRO."
+        ),
+    )
 
     apply_lora: Flag = Field(default=False, description="Train a LoRA adapter; false trains all weights.")
     merge_lora_weights: Flag = Field(
@@ -123,6 +142,35 @@ class FinetuneParameters(Parameters):
         default=None,
         description="Tuneloop: layers that get an adapter. Left out: every linear layer but the head.",
     )
+    lora_use_rslora: Flag = Field(
+        default=False,
+        description="Tuneloop: rsLoRA; the adapter is scaled by alpha / sqrt(r) in place of alpha / r.",
+    )
+    lora_use_dora: Flag = Field(
+        default=False,
+        description="Tuneloop: DoRA; a weight's magnitude is trained beside the adapter. Slower.",
+    )
+    quantization: Literal["none", "4bit"] = Field(
+        default="none",
+        description=(
+            "Tuneloop: 4bit keeps the frozen base in NF4 under the adapter (QLoRA). Needs apply_lora and the "
+            "extra `quantization`."
+        ),
+    )
+    neftune_noise_alpha: NumberOrZero = Field(
+        default=0.0,
+        description=(
+            "Tuneloop: NEFTune; noise of this size on the embeddings while training, never while evaluating. "
+            "0: none. The paper uses 5 to 15."
+        ),
+    )
+    loss_tokens: Literal["assistant", "all"] = Field(
+        default="assistant",
+        description=(
+            "Tuneloop: tokens that count for the loss, in training and in evaluation. assistant: what the "
+            "assistant says. all: every token but the first of a conversation."
+        ),
+    )
 
     num_train_epochs: Count = Field(default=1, description="Rounds over the training set.")
     max_steps: CountOrOff = Field(
@@ -130,8 +178,31 @@ class FinetuneParameters(Parameters):
     )
     per_device_train_batch_size: Count = Field(default=1, description="Rows per device and micro-batch.")
     per_device_eval_batch_size: Count = Field(default=1, description="Rows per device when evaluating.")
-    auto_find_batch_size: Flag = Field(default=False, description="Halve the batch when memory runs out.")
+    auto_find_batch_size: Flag = Field(
+        default=False, description="Halve what is computed at a time when memory runs out."
+    )
     gradient_accumulation_steps: Count = Field(default=1, description="Micro-batches per optimiser step.")
+    packing: Flag = Field(
+        default=True,
+        description=(
+            "Tuneloop: conversations are computed end to end, without padding and without seeing each other. "
+            "false: one at a time. The losses are the same."
+        ),
+    )
+    pack_tokens: CountOrZero = Field(
+        default=0,
+        description=(
+            "Tuneloop: most tokens that are computed at a time; what does not fit into memory at once is "
+            "accumulated. 0: chosen for the machine. A longer conversation is computed alone."
+        ),
+    )
+    activation_checkpointing: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description=(
+            "Tuneloop: forget activations and compute them again in the backward pass: less memory, more "
+            "time. auto: only where the plan does not fit into memory otherwise."
+        ),
+    )
     eval_accumulation_steps: CountOrOff = Field(
         default=-1,
         description="Evaluation steps kept on the device before moving to memory; -1 or 0: not set.",
@@ -164,8 +235,11 @@ class FinetuneParameters(Parameters):
         default=42, description="Seed of everything random."
     )
     enable_full_determinism: Flag = Field(default=False, description="Deterministic kernels only.")
-    dataloader_num_workers: CountOrZero = Field(default=0, description="Processes that load rows.")
-    ignore_mismatched_sizes: Flag = Field(default=False, description="Load weights whose shapes do not fit.")
+    dataloader_num_workers: CountOrZero = Field(default=0, description="Threads that prepare batches ahead.")
+    ignore_mismatched_sizes: Flag = Field(
+        default=False,
+        description="Weights whose shapes do not fit start at random, and are named; not with apply_lora.",
+    )
 
     evaluation_strategy: Literal["epoch", "steps", "disable"] = Field(
         default="epoch", description="When to evaluate."
@@ -183,6 +257,24 @@ class FinetuneParameters(Parameters):
         default=False, description="Start from the last checkpoint of the step."
     )
     save_total_limit: CountOrOff = Field(default=-1, description="Checkpoints kept; -1 or 0: all.")
+    checkpoint_seconds: CountOrZero = Field(
+        default=30,
+        description=(
+            "Tuneloop: seconds between checkpoints inside an epoch; what an interrupted run loses at most. "
+            "Larger models wait longer, so that checkpoints cost little. 0: after every step."
+        ),
+    )
+    checkpoint_steps: CountOrZero = Field(
+        default=0,
+        description="Tuneloop: optimiser steps between checkpoints; above 0 it decides, not the clock.",
+    )
+    stop_on_divergence: Flag = Field(
+        default=True,
+        description=(
+            "Tuneloop: stop when the loss has blown up, before the rest of the time is spent. What is not a "
+            "number always stops training."
+        ),
+    )
     apply_early_stopping: Flag = Field(default=False, description="Stop when evaluations get no better.")
     early_stopping_patience: Count = Field(default=1, description="Evaluations that may be no better.")
     early_stopping_threshold: NumberOrZero = Field(
@@ -190,8 +282,12 @@ class FinetuneParameters(Parameters):
     )
 
     apply_deepspeed: Flag = Field(default=False, description="Use DeepSpeed (ZeRO).")
-    deepspeed: str | None = Field(
-        default=None, description="A DeepSpeed configuration of your own, a JSON file."
+    deepspeed: str | dict[str, JsonValue] | None = Field(
+        default=None,
+        description=(
+            "A DeepSpeed configuration of your own: a JSON file, relative to the recipe's folder, or the "
+            "object itself. The file is read when the job is submitted; steps get the object."
+        ),
     )
     deepspeed_stage: ZeroStage = Field(default="2", description="ZeRO stage when `deepspeed` is left out.")
     apply_ort: Flag = Field(default=False, description="ONNX Runtime training.")

@@ -12,6 +12,7 @@ from tuneloop.core.names import did_you_mean, nearest
 from tuneloop.core.recipe.component import INPUTS
 from tuneloop.core.recipe.lined import Document, Mistake, dotted, mistakes_of, read, read_value, refuse
 from tuneloop.core.recipe.lined import Path as Place
+from tuneloop.core.recipe.pasted import unfold
 from tuneloop.core.recipe.written import SECTIONS, STAGES, Recipe, all_keys
 
 _SEE_KEYS = "Every key, with its value: tuneloop run demo --dry-run -v"
@@ -22,11 +23,12 @@ def parse(text: str, *, path: str = "recipe", overrides: Mapping[str, str] | Non
     document = read(text, "a recipe")
     if document.mistakes and not document.values:
         refuse(RecipeError, path, document.mistakes)
+    notes = unfold(document)
     mistakes = list(document.mistakes)
     overridden = frozenset(_override(document, overrides or {}, mistakes))
     lines = {dotted(place): line for place, line in document.lines.items()}
     try:
-        recipe = Recipe.read(document.values, path=path, lines=lines, overridden=overridden)
+        recipe = Recipe.read(document.values, path=path, lines=lines, overridden=overridden, notes=notes)
     except ValidationError as error:
         found = mistakes_of(error, document, unknown_key)
         refuse(RecipeError, path, mistakes + [_named(mistake, overridden) for mistake in found])
@@ -51,8 +53,8 @@ def unknown_key(place: Place) -> str:
 
 def _hint(name: str, section: str) -> str:
     known = INPUTS.get(name)
-    if known is not None and known.reason:
-        return f"The component's {name} {known.reason}"
+    if known is not None and (known.reason or known.note):
+        return f"The component's {name} {known.reason or known.note}"
     if known is not None and known.place:
         return f"Write it as {known.place}."
     fields = SECTIONS[section].model_fields if section in SECTIONS else Recipe.model_fields

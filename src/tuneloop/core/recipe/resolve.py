@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import JsonValue, ValidationError
 
+from tuneloop.core import deepspeed
 from tuneloop.core.errors import RecipeError, UsageError
 from tuneloop.core.names import did_you_mean
 from tuneloop.core.recipe.lined import Mistake, explain, refuse
@@ -81,6 +82,7 @@ def resolve(recipe: Recipe, card: Card) -> Resolved:
     if recipe.evaluate is not None:
         written["evaluate"] = recipe.evaluate
     layers = {name: _layer(recipe, name, section, card) for name, section in written.items()}
+    layers["finetune"], staged = _with_own_stage(layers["finetune"])
     origins = {
         f"{name}.{key}": origin
         for name, layer in layers.items()
@@ -97,7 +99,7 @@ def resolve(recipe: Recipe, card: Card) -> Resolved:
     mistakes = _mistakes(resolved)
     if mistakes:
         refuse(RecipeError, recipe.path, mistakes)
-    warnings = (*_replaced(recipe, layers), *_warnings(resolved))
+    warnings = (*recipe.notes, *staged, *_replaced(recipe, layers), *_warnings(resolved))
     return resolved.model_copy(update={"warnings": warnings})
 
 
@@ -125,6 +127,22 @@ def _layer(recipe: Recipe, name: str, written: Parameters, card: Card) -> _Layer
         else:
             origins[key] = BUILT_IN
     return _Layer(type(written).model_validate(values), origins, replaced)
+
+
+def _with_own_stage(layer: _Layer) -> tuple[_Layer, list[str]]:
+    """A DeepSpeed configuration of a person's own decides the stage, and everything else reads it from
+    `deepspeed_stage`."""
+    section = layer.section
+    stage = deepspeed.stage_of(section.deepspeed)
+    if stage is None or not section.apply_deepspeed or section.deepspeed_stage == str(stage):
+        return layer, []
+    is_written = layer.origins["deepspeed_stage"] in (RECIPE, SET)
+    said = f"finetune.deepspeed_stage is {section.deepspeed_stage}: deepspeed says {stage}, and it decides."
+    changed = layer._replace(
+        section=section.model_copy(update={"deepspeed_stage": str(stage)}),
+        origins={**layer.origins, "deepspeed_stage": layer.origins["deepspeed"]},
+    )
+    return changed, [said] if is_written else []
 
 
 def defaults_of(card: Card) -> dict[str, dict[str, Any]]:
@@ -239,12 +257,13 @@ def _range(low: float | None, high: float | None) -> str:
 def _without_effect(resolved: Resolved) -> list[str]:
     """What a person wrote and what another value switches off."""
     finetune = resolved.finetune
+    asked = finetune.number_of_gpu_to_use_finetuning * finetune.num_nodes_finetune
     switches = {
         "apply_lora is false": (
             not finetune.apply_lora,
             ("lora_alpha", "lora_r", "lora_dropout", "lora_target_modules", "merge_lora_weights"),
         ),
-        "apply_deepspeed is false": (not finetune.apply_deepspeed, ("deepspeed_stage",)),
+        "apply_deepspeed is false": (not finetune.apply_deepspeed, ("deepspeed", "deepspeed_stage")),
         "apply_early_stopping is false": (
             not finetune.apply_early_stopping,
             ("early_stopping_patience", "early_stopping_threshold"),
@@ -253,7 +272,14 @@ def _without_effect(resolved: Resolved) -> list[str]:
             finetune.evaluation_strategy != "steps",
             ("eval_steps", "evaluation_steps_interval"),
         ),
+        "evaluation_steps_interval decides": (
+            finetune.evaluation_strategy == "steps" and finetune.evaluation_steps_interval > 0,
+            ("eval_steps",),
+        ),
         "logging_strategy is epoch": (finetune.logging_strategy == "epoch", ("logging_steps",)),
+        "packing is false": (not finetune.packing, ("pack_tokens",)),
+        "checkpoint_steps decides": (finetune.checkpoint_steps > 0, ("checkpoint_seconds",)),
+        "one process is asked for": (asked == 1, ("cpu_processes", "strategy", "fewer_devices")),
     }
     return [
         f"finetune.{key} has no effect: {reason}."

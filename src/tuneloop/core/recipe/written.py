@@ -17,11 +17,14 @@ finetune: {learning_rate: 1e-4}     # parameters.FinetuneParameters
 export: {}                          # parameters.ExportParameters
 evaluate: {samples: 5}              # parameters.EvaluateParameters; false leaves the step out
 settings: {force_rerun: false, continue_on_step_failure: false, priority: medium}
+
+A section `component` may hold inputs of Azure's component by their own names; `pasted` moves each to its
+place before a recipe is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
@@ -132,6 +135,7 @@ class Recipe(Noun):
     _path: str = PrivateAttr(default="recipe")
     _lines: dict[str, int] = PrivateAttr(default_factory=dict)
     _overridden: frozenset[str] = PrivateAttr(default=frozenset())
+    _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def path(self) -> str:
@@ -148,13 +152,25 @@ class Recipe(Noun):
         """Dotted keys that came from `--set`."""
         return self._overridden
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be said about pasted inputs of the component."""
+        return self._notes
+
     @classmethod
     def read(
-        cls, values: Mapping[str, Any], *, path: str, lines: Mapping[str, int], overridden: frozenset[str]
+        cls,
+        values: Mapping[str, Any],
+        *,
+        path: str,
+        lines: Mapping[str, int],
+        overridden: frozenset[str],
+        notes: Sequence[str] = (),
     ) -> Recipe:
         """Raises pydantic's `ValidationError`; `parse` words it."""
         recipe = cls.model_validate(values)
         recipe._path, recipe._lines, recipe._overridden = path, dict(lines), overridden
+        recipe._notes = tuple(notes)
         return recipe
 
 

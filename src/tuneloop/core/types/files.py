@@ -31,6 +31,8 @@ class StepFile(Noun):
     """Folders of earlier attempts of this step, newest first: where checkpoints may lie."""
     cache_folder: str | None = None
     """Where downloads may be kept between runs."""
+    memory_bytes: int | None = None
+    """What steps may claim of this machine, all together; a step is planned within it."""
 
 
 class ResultOutput(Noun):

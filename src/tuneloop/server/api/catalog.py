@@ -40,7 +40,7 @@ def routes(parts: Parts) -> APIRouter:
     def list_cards(task: Annotated[str | None, Query(max_length=1000)] = None) -> list[Card]:
         return parts.catalog.list(task)
 
-    @router.get("/cards/{name}")
+    @router.get("/cards/{name:path}")
     def get_card(name: fields.Name) -> Card:
         return parts.catalog.get(name)
 
@@ -48,7 +48,7 @@ def routes(parts: Parts) -> APIRouter:
     def add_card(card: CardText) -> Card:
         return parts.catalog.add(card.text, card.path)
 
-    @router.post("/cards/{name}/source")
+    @router.post("/cards/{name:path}/source")
     def use_folder(name: fields.Name, source: CardFolder) -> Card:
         return parts.catalog.use(name, fields.folder(source.folder))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from tuneloop.core.errors import NotFound, Stale
@@ -26,6 +26,7 @@ from tuneloop.core.types import (
     Artifact,
     AttemptRecord,
     CacheEntry,
+    Compute,
     ErrorInfo,
     Event,
     JobRecord,
@@ -35,9 +36,10 @@ from tuneloop.core.types import (
     StepFileInput,
     StepRecord,
 )
-from tuneloop.workspace.compute import ACTIVE, Computes, in_order
+from tuneloop.workspace.compute import ACTIVE, LOCAL, Computes, in_order
 from tuneloop.workspace.reconcile.graph import blocked_by, input_digests, is_ending
 from tuneloop.workspace.reconcile.limits import Limits
+from tuneloop.workspace.reconcile.lost import is_lost, vanished
 from tuneloop.workspace.reconcile.stopping import Stopper
 
 log = logging.getLogger(__name__)
@@ -261,14 +263,14 @@ class Pipelines:
         status = self._executor.status(owner, folder)
         # Read after the look at the process: what has ended by then has left its result by then.
         result = self._files.read_result(folder)
-        if result is not None and result.status != "interrupted":
+        if result is not None and not is_lost(result):
             return self._finish_attempt(record, step, attempt, result)
         if status == "absent" and not is_ending:
             return self._start(record, step, attempt, folder)
         if status == "running" and attempt.state is AttemptState.CLAIMED:
             self._move_attempt(attempt, AttemptState.RUNNING, process=self._executor.identity(folder))
         elif status == "ended" and not is_ending:
-            return self._lose(record, step, attempt, folder, was_asked=result is not None)
+            return self._lose(record, step, attempt, folder, result)
         return step
 
     def _start(self, record: JobRecord, step: StepRecord, attempt: AttemptRecord, folder: Path) -> StepRecord:
@@ -296,6 +298,7 @@ class Pipelines:
         step = record.job.step(attempt.step)
         steps = {found.step: found for found in self._store.list(StepRecord, parent=record.key)}
         digests = input_digests(step, steps)
+        here = self._store.find(Compute, LOCAL)
         previous = [
             str(self._files.folder(earlier.folder))
             for earlier in reversed(self._attempts(attempt.parent))
@@ -317,6 +320,7 @@ class Pipelines:
             outputs=step.outputs,
             previous_attempts=tuple(previous),
             cache_folder=str(self._files.folder("cache")),
+            memory_bytes=here.memory_bytes if here is not None else None,
         )
 
     def _finish_attempt(
@@ -404,13 +408,18 @@ class Pipelines:
             )
 
     def _lose(
-        self, record: JobRecord, step: StepRecord, attempt: AttemptRecord, folder: Path, *, was_asked: bool
+        self,
+        record: JobRecord,
+        step: StepRecord,
+        attempt: AttemptRecord,
+        folder: Path,
+        result: ResultFile | None,
     ) -> StepRecord:
-        """The process is gone and left no result: try again, unless that was tried often enough.
-        An interruption that was asked for (`tuneloop down`) does not count."""
+        """The process is gone and left no result, or the word that one of its own is gone: try again, unless
+        that was tried often enough. An interruption that was asked for (`tuneloop down`) does not count."""
         owner = self._owner(attempt)
         self._executor.stop(owner, folder, kill=True)
-        error = None if was_asked else _vanished(attempt, self._executor.last_lines(folder))
+        error = result.error if result else vanished(attempt, self._executor.last_lines(folder))
         with self._store.transaction():
             self._move_attempt(attempt, AttemptState.LOST, error=error, finished_at=self._clock.now())
             lost = [
@@ -483,12 +492,3 @@ _ENDED = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELED})
 
 def _of_step(step: str, error: ErrorInfo | None) -> ErrorInfo | None:
     return error and error.model_copy(update={"message": f"step {step}: {error.message}"})
-
-
-def _vanished(attempt: AttemptRecord, last_lines: Sequence[str]) -> ErrorInfo:
-    return ErrorInfo(
-        code="step_vanished",
-        message=f"The process of {attempt.key} left no result: killed from outside, or out of memory.",
-        next=f"Look at: tuneloop jobs logs {attempt.job} --step {attempt.step}",
-        details={"last_lines": "\n".join(last_lines)},
-    )

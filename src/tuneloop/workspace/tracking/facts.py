@@ -180,6 +180,11 @@ def read_curves(path: Path, offset: int, limit_bytes: int) -> Iterator[Batch]:
         yield batch
 
 
+def pictures_of(folder: Path) -> list[Path]:
+    """What a step has drawn, in `pictures/` of its attempt."""
+    return sorted((folder / "pictures").glob("*.png"))
+
+
 def size_of(path: Path) -> int:
     try:
         return path.stat().st_size

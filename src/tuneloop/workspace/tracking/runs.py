@@ -190,6 +190,7 @@ class Runs:
             run_id = self._begin_attempt(work, attempt, folder, parent_run)
             is_read = self._carry_curves(attempt, folder, run_id)
             if has_ended and is_read:
+                self._carry_pictures(attempt, folder, run_id, parent_run)
                 self._end_attempt(attempt, run_id, parent_run)
 
     def _begin_attempt(self, work: Work, attempt: AttemptRecord, folder: Path, parent_run: str) -> str:
@@ -223,6 +224,12 @@ class Runs:
             self._progress.save(subject, metrics_offset=batch.end)
             end = batch.end
         return end < start + BYTES_PER_TICK
+
+    def _carry_pictures(self, attempt: AttemptRecord, folder: Path, run_id: str, parent_run: str) -> None:
+        """To the attempt's run, and to the job's, where a person looks first."""
+        for picture in facts.pictures_of(folder):
+            self._server.log_picture(run_id, picture)
+            self._server.log_picture(parent_run, picture, attempt.step)
 
     def _end_attempt(self, attempt: AttemptRecord, run_id: str, parent_run: str) -> None:
         tags = {"tuneloop.state": str(attempt.state)}
