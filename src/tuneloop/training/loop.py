@@ -416,7 +416,7 @@ class _Run:
         self._layout.load(found)
         self._load_random(found)
         self._tally = Tally.from_json(found.state)
-        if self._tally.pack_tokens:
+        if 0 < self._tally.pack_tokens < self.feed.pack_tokens:
             self.feed.lower(self._tally.pack_tokens)
         self._best_weights = found.best_weights()
         self._resumed_from = found.step
