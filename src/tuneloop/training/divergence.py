@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from tuneloop.training.course import Course
 from tuneloop.training.data import Batch, Conversations
 from tuneloop.training.feed import Sharing
 from tuneloop.training.layout import Layout
+from tuneloop.training.seam import Events
 from tuneloop.training.tally import EARLY, Tally
 
 FOLDER = "diverged"
@@ -59,10 +60,6 @@ def blown_up(early: Sequence[float], recent: Sequence[float], steps: int, vocabu
     if mean > blind + NATS and mean > statistics.fmean(early[:FIRST]) + NATS:
         return f"{early[0]:.3g} at the first step; guessing blindly gives {blind:.3g}"
     return None
-
-
-class Events(Protocol):
-    def warn(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from tuneloop.training.course import Course, epoch_order
 from tuneloop.training.data import Conversations
 from tuneloop.training.flops import Work
 from tuneloop.training.pace import Pace
+from tuneloop.training.seam import Events
 from tuneloop.training.tally import Tally
 
 ABOVE_PLAN = 1.15
@@ -26,22 +26,6 @@ FORWARD_SHARE = 1 / 3
 """Of learning from a conversation, what looking at it takes (arXiv:2001.08361, section 2.1)."""
 FADING = 0.98
 """A step counts this much of the one after it: a machine that gets busy is noticed within some fifty."""
-
-
-class Events(Protocol):
-    def progress(
-        self,
-        stage: str,
-        done: float | None = None,
-        total: float | None = None,
-        unit: str | None = None,
-        remaining_seconds: float | None = None,
-        **values: float,
-    ) -> None: ...
-
-    def metrics(self, step: int, **values: float) -> None: ...
-
-    def warn(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
