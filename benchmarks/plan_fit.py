@@ -12,26 +12,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from plan_runs import Case, measure, predict, rows_of, setup_of
+from plan_runs import Case, measure, predict
 
-from tuneloop.core.plan.constants import (
-    ALLOCATOR_SHARE,
-    LARGE_BLOCK_SHARE,
-    LORA_ALLOCATOR_SHARE,
-    SEVERAL_PACKS_FACTOR,
-)
-from tuneloop.core.plan.memory import kept_bytes, large_bytes
+from tuneloop.core.plan import memory
 
 TOO_LITTLE = 2.0
 """How much worse an estimate below what is measured counts than one above."""
+TRIES = 600
+OF_ONE = ("LIBRARY_BYTES", "SLACK_SHARE", "LORA_SLACK_LAYERS", "LORA_SEVERAL_PACKS_SHARE")
+OF_SEVERAL = ("LAUNCHERS_BYTES", "DEEPSPEED_BYTES")
 SEEN = Path(__file__).with_suffix(".json")
 
 LLAMA = Case("llama", 384, 1024, 6, 6, 2, 24000, False, 256)
 WIDE = Case("llama", 768, 2048, 8, 12, 4, 32000, False, 256)
 PHI = Case("phi3", 384, 1152, 6, 6, 6, 20000, False, 256)
 QWEN = Case("qwen2", 448, 1280, 6, 7, 1, 40000, True, 256)
+DEEP = Case("llama", 384, 1024, 24, 6, 2, 24000, True, 256)
+FUSED = Case("phi3", 640, 2560, 4, 10, 10, 10000, False, 256)
 GEMMA = Case("gemma3_text", 512, 2048, 6, 8, 4, 50000, True, 256)
 
 
@@ -62,6 +63,12 @@ CASES = (
     _of(GEMMA, length=400, rows=2, pack=800, lora_r=8),
     _of(GEMMA, length=300),
     Case("llama", 640, 4608, 3, 10, 5, 9000, False, 1900, lora_r=8),
+    _of(DEEP, length=300, lora_r=8),
+    _of(DEEP, length=300, rows=3, pack=300, lora_r=8),
+    _of(DEEP, length=300),
+    _of(DEEP, length=300, rows=3, pack=300),
+    _of(FUSED, length=1700, lora_r=16),
+    _of(FUSED, length=900, rows=2, lora_r=16),
     _of(WIDE, length=200, rows=4, pack=400, processes=2, steps=2),
     _of(QWEN, length=300, rows=4, pack=600, lora_r=16, processes=2, steps=2),
     _of(WIDE, length=200, rows=4, pack=400, processes=2, strategy="fsdp", steps=2),
@@ -84,61 +91,43 @@ def main() -> None:
         if case.name not in seen:
             seen[case.name] = measure(case, given.folder, given.deepspeed)["peak_memory_bytes"]
             SEEN.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
-        print(f"{case.name:40} {seen[case.name] / 1e6:8.0f} MB", flush=True)
-    fit({case: seen[case.name] for case in CASES})
+        print(f"{case.name:54} {seen[case.name] / 1e6:8.0f} MB", flush=True)
+    for names, cases in (
+        (OF_ONE, [case for case in CASES if case.processes == 1]),
+        (OF_SEVERAL, [case for case in CASES if case.processes > 1]),
+    ):
+        fit(names, {case: seen[case.name] for case in cases})
+        for name in names:
+            print(f"{name:24} {getattr(memory, name):,.3f}")
+        for case in cases:
+            print(f"  {case.name:54} {100 * error_of(case, seen[case.name]):+6.1f} %")
 
 
-def fit(seen: dict[Case, int]) -> None:
-    """Least squares of the relative error, errors below counting double, over what is left when everything
-    that is counted is taken off: measured = counted + process + share * kept in small blocks."""
-    import numpy as np
-
-    alone = {case: measured for case, measured in seen.items() if case.processes == 1}
-    rows, targets, weights = [], [], []
-    for case, measured in alone.items():
-        memory = predict(case).device
-        counted = sum(size for cause, size in memory.causes.items() if cause not in ("process", "slack"))
-        kept, large = kept_of(case)
-        # What was left behind where a later moment is the peak is counted too.
-        left = memory.causes["slack"] - share_of(case) * (kept - large) - LARGE_BLOCK_SHARE * large
-        is_lora, factor = (
-            case.lora_r > 0,
-            SEVERAL_PACKS_FACTOR if case.rows * case.length > case.pack_tokens else 1.0,
-        )
-        small = factor * (kept - large)
-        rows.append([1.0, 0.0 if is_lora else small, small if is_lora else 0.0])
-        targets.append(measured - counted - LARGE_BLOCK_SHARE * large - left)
-        weights.append(1.0 / measured)
-    system, wanted, relative = np.array(rows), np.array(targets), np.array(weights)
-    scale = relative.copy()
-    for _ in range(20):
-        found, *_ = np.linalg.lstsq(system * scale[:, None], wanted * scale, rcond=None)
-        # Told too little, a run ends without a result; told too much, a pack is smaller than need be.
-        scale = relative * np.where(system @ found < wanted, TOO_LITTLE, 1.0)
-    print(f"\nLIBRARY_BYTES        = {found[0]:,.0f}")
-    print(f"ALLOCATOR_SHARE      = {found[1]:.3f}")
-    print(f"LORA_ALLOCATOR_SHARE = {found[2]:.3f}")
-    for row, target, weight, case in zip(rows, targets, weights, alone, strict=True):
-        error = (float(np.dot(row, found)) - target) * weight
-        print(f"  {case.name:54} {100 * error:+6.1f} %")
-    for case, measured in seen.items():
-        if case.processes > 1:
-            planned = predict(case).device.total_bytes
-            print(f"  {case.name:54} {100 * (planned / measured - 1):+6.1f} % with the constants as they are")
+def fit(names: Sequence[str], seen: Mapping[Case, int]) -> None:
+    """Moves the constants `names` of the memory model, one at a time and at random, as long as the squared
+    relative errors of the planned peaks get smaller."""
+    chance = random.Random(0)
+    least, steps = _squares(seen), dict.fromkeys(names, 0.15)
+    for _ in range(TRIES):
+        name = chance.choice(names)
+        before = getattr(memory, name)
+        setattr(memory, name, before * (1 + chance.gauss(0, steps[name])))
+        found = _squares(seen)
+        if found < least:
+            least, steps[name] = found, 1.2 * steps[name]
+        else:
+            setattr(memory, name, before)
+            steps[name] = max(0.005, 0.93 * steps[name])
 
 
-def share_of(case: Case) -> float:
-    share = LORA_ALLOCATOR_SHARE if case.lora_r else ALLOCATOR_SHARE
-    return share * (
-        SEVERAL_PACKS_FACTOR if case.rows * case.length > case.pack_tokens * case.processes else 1.0
-    )
+def _squares(seen: Mapping[Case, int]) -> float:
+    """Told too little, a run ends without a result; told too much, a pack is smaller than need be."""
+    errors = (error_of(case, measured) for case, measured in seen.items())
+    return sum((error * (TOO_LITTLE if error < 0 else 1.0)) ** 2 for error in errors)
 
 
-def kept_of(case: Case) -> tuple[float, float]:
-    """Bytes that a backward pass of the case keeps, and those of them in large blocks."""
-    shape, setup, rows = case.architecture(), setup_of(case), rows_of(case)
-    kept = kept_bytes(shape, setup, rows, "cpu")
-    return kept, large_bytes(shape, setup, rows, kept)
+def error_of(case: Case, measured: int) -> float:
+    return predict(case).device.total_bytes / measured - 1
 
 
 if __name__ == "__main__":

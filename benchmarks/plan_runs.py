@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tuneloop.adapters.local import NO_CACHED_FRAGMENTS
 from tuneloop.core.plan import Peak, Rows, Setup, architecture_of, choose, peak
 from tuneloop.core.recipe import FinetuneParameters
 from tuneloop.core.types import Architecture, ResultFile, StepFile
@@ -211,7 +212,13 @@ def measure(case: Case, folder: Path, deepspeed: Path | None = None) -> dict[str
 
 
 def _environment(case: Case, deepspeed: Path | None) -> dict[str, str]:
-    found = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
+    # As the server starts steps (`adapters.local`).
+    found = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "GLIBC_TUNABLES": NO_CACHED_FRAGMENTS,
+    }
     if deepspeed is not None and case.strategy.startswith("zero"):
         found["PYTHONPATH"] = os.pathsep.join([str(deepspeed), *filter(None, [found.get("PYTHONPATH")])])
     return found

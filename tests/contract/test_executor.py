@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tuneloop.adapters import local
 from tuneloop.adapters.local import LocalExecutor
 from tuneloop.core.process import claim, is_alive
 
@@ -220,3 +221,17 @@ def test_in_a_container_with_fewer_cores_a_process_is_told_how_many_unless_someb
     assert psutil.Process(identity.pid).environ()["OMP_NUM_THREADS"] == expected
     executor.stop("owner", folder, kill=True)
     wait_for(lambda: executor.status("owner", folder) == "ended")
+
+
+@pytest.mark.parametrize("chosen", [None, "glibc.malloc.arena_max=2"])
+def test_freed_memory_is_joined_in_the_processes_unless_somebody_chose(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """The environment that they get: what the kernel shows of it glibc has cut at the colons."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", chosen)
+    given = local._environment("owner", "tuneloop.steps", {})
+    assert given["GLIBC_TUNABLES"] == (chosen or "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0")
+    submitted = local._environment("owner", "tuneloop.steps", {"GLIBC_TUNABLES": ""})
+    assert submitted["GLIBC_TUNABLES"] == ""

@@ -368,8 +368,9 @@ def test_a_finetune_claims_what_the_plan_says_of_its_batch_and_rows() -> None:
     rows = rows_expected(guide_rows(), -1, card)
     lora = FinetuneParameters(apply_lora=True, lora_r=16, per_device_train_batch_size=2).model_dump()
     claimed = finetune_memory_bytes(card, lora, rows)
-    # The demo's peak was 1.7; lengths that are guessed from characters are guessed long.
-    assert 1.7 <= claimed / GB <= 2.1
+    # This shape was measured to take 1.57 with a row of 256 tokens (benchmarks/plan_accuracy.py); two of
+    # these have fewer, and lengths that are guessed from characters are guessed long.
+    assert 1.4 <= claimed / GB <= 1.8
     assert finetune_memory_bytes(card, {**lora, "per_device_train_batch_size": 16}, rows) > 1.5 * claimed
     assert finetune_memory_bytes(card, {**lora, "apply_lora": False}, rows) > 1.3 * claimed
     assert finetune_memory_bytes(card, lora, rows_expected(None, 4096, card)) > 3 * claimed

@@ -130,7 +130,7 @@ def test_what_is_chosen_to_fit_is_shown(
 def test_what_does_not_fit_comes_with_what_would_and_exits_with_4(
     tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
 ) -> None:
-    api.computes["local"]["memory_bytes"] = 3 * GB
+    api.computes["local"]["memory_bytes"] = 2_500_000_000
     ran = tuneloop_command("plan", str(recipe), "--no-probe")
     assert ran.code == 4
     assert "Verdict: DOES NOT FIT" in ran.out
@@ -250,7 +250,7 @@ def test_here_the_first_gpu_is_planned_for_unless_it_is_hidden(
 def test_run_refuses_what_does_not_fit_with_the_smallest_changes_and_makes_no_job(
     tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
 ) -> None:
-    api.computes["local"]["memory_bytes"] = 3 * GB
+    api.computes["local"]["memory_bytes"] = 2_500_000_000
     ran = tuneloop_command("run", str(recipe), "--detach")
     assert ran.code == 4
     assert "The plan does not fit" in ran.err
@@ -261,7 +261,7 @@ def test_run_refuses_what_does_not_fit_with_the_smallest_changes_and_makes_no_jo
 def test_run_with_force_runs_it_all_the_same(
     tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
 ) -> None:
-    api.computes["local"]["memory_bytes"] = 3 * GB
+    api.computes["local"]["memory_bytes"] = 2_500_000_000
     assert tuneloop_command("run", str(recipe), "--detach", "--force").code == 0
     assert asked.asked == []
     assert ("POST", "/api/jobs") in [call[:2] for call in api.calls]
@@ -280,7 +280,7 @@ def test_run_trusts_no_guess_from_characters(
 ) -> None:
     """By its characters the row has some 270 tokens, which would fit; it has 900, as in a script that has a
     token for each character."""
-    api.computes["local"]["memory_bytes"] = 3 * GB
+    api.computes["local"]["memory_bytes"] = 2_500_000_000
     assert tuneloop_command("run", str(recipe), "--detach").code == 4
     assert [kind for kind, _ in asked.asked] == ["check"]
 
@@ -288,7 +288,7 @@ def test_run_trusts_no_guess_from_characters(
 def test_run_counts_tokens_where_it_depends_on_them(
     tuneloop_command: Callable[..., Ran], asked: Looks, recipe: Path, api: FakeApi
 ) -> None:
-    api.computes["local"]["memory_bytes"] = 3 * GB
+    api.computes["local"]["memory_bytes"] = 2_500_000_000
     asked.longest = 60
     assert tuneloop_command("run", str(recipe), "--detach").code == 0
     assert [kind for kind, _ in asked.asked] == ["check"]

@@ -14,26 +14,22 @@ from typing import Literal, get_args
 
 from tuneloop.core.plan import shape
 from tuneloop.core.plan.constants import (
-    ALLOCATOR_SHARE,
     BUFFER_COPIES,
     CUDA_CONTEXT_BYTES,
     DEEPSPEED_BYTES,
     FOUR_BIT_BYTES,
-    FSDP_TABLES,
     GPU_ALLOCATOR_SHARE,
     HOST_BUFFER_FACTOR,
     IMPORTED_BYTES,
-    LARGE_BLOCK_SHARE,
     LAUNCHERS_BYTES,
     LIBRARY_BYTES,
     LIVE_NUMBERS,
     LOGITS_CHUNK_BYTES,
-    LOGITS_COPIES,
-    LORA_ALLOCATOR_SHARE,
-    SEVERAL_PACKS_FACTOR,
+    LORA_SEVERAL_PACKS_SHARE,
+    LORA_SLACK_LAYERS,
     SHARED_BYTES,
+    SLACK_SHARE,
     SMALL_BLOCK_BYTES,
-    TIED_TABLES,
 )
 from tuneloop.core.plan.setup import Rows, Setup, evaluated_pack_of, has_several_packs, pack_of
 from tuneloop.core.types import Architecture, Noun
@@ -140,7 +136,8 @@ def _moments(
     if device == "cpu" and setup.sharding != "fsdp":
         # Small blocks do not go back to the system; gradients of layers are the first to use them again.
         used_again = 0.0 if setup.apply_lora or earlier else 4.0 * shape.layer_matrices(architecture)
-        left = max(0.0, kept - large_bytes(architecture, setup, rows, kept) - layer - used_again)
+        small = (1.0 - large_share(architecture, setup, rows)) * (kept - layer)
+        left = max(0.0, small - used_again)
     found: dict[Moment, dict[Cause, float]] = {
         "backward begins": {
             **always,
@@ -283,7 +280,7 @@ def _tied(architecture: Architecture, setup: Setup) -> float:
     """The head's gradient waits for the embedding's, whose sum is a tied table's."""
     if setup.apply_lora or not architecture.tied_embeddings or setup.sharding == "fsdp":
         return 0.0
-    return TIED_TABLES * 4.0 * shape.table(architecture)
+    return 4.0 * shape.table(architecture)
 
 
 def _casts(architecture: Architecture, setup: Setup) -> float:
@@ -323,7 +320,7 @@ def _whole_gradients(architecture: Architecture, setup: Setup, device: str) -> f
     CPU, gloo's own."""
     if setup.sharding != "fsdp" or setup.apply_lora:
         return 0.0
-    return (FSDP_TABLES if device == "cpu" else 2.0) * 4 * shape.tables(architecture)
+    return (3.0 if device == "cpu" else 2.0) * 4 * shape.tables(architecture)
 
 
 # ---------------------------------------------------------------- what a pack takes
@@ -355,7 +352,7 @@ def learned_of(rows: Rows, tokens: int) -> int:
 def logits_bytes(architecture: Architecture, rows: Rows, tokens: int, device: str) -> float:
     """A chunk of positions at a time (`training.head`), in place turned into its gradient."""
     whole = 4.0 * architecture.vocabulary_size * learned_of(rows, tokens)
-    return LOGITS_COPIES * min(whole, LOGITS_CHUNK_BYTES[device])
+    return min(whole, LOGITS_CHUNK_BYTES[device])
 
 
 def _evaluation(architecture: Architecture, setup: Setup, tokens: int) -> float:
@@ -365,27 +362,30 @@ def _evaluation(architecture: Architecture, setup: Setup, tokens: int) -> float:
 
 
 def _slack(architecture: Architecture, setup: Setup, rows: Rows, device: str, kept: float) -> float:
-    """What the allocator holds beyond what is in use."""
+    """What the allocator holds beyond what is in use. On a CPU these are holes between blocks that are not
+    large: with adapters of the size of what a few layers work with, else a share of all that is kept."""
     if device == "cuda":
         logits = logits_bytes(architecture, rows, pack_of(setup, rows, device), device)
         return GPU_ALLOCATOR_SHARE * (kept + logits)
-    share = LORA_ALLOCATOR_SHARE if setup.apply_lora else ALLOCATOR_SHARE
-    if has_several_packs(setup, rows, device):
-        share *= SEVERAL_PACKS_FACTOR
-    large = large_bytes(architecture, setup, rows, kept)
-    return share * (kept - large) + LARGE_BLOCK_SHARE * large
+    small = 1.0 - large_share(architecture, setup, rows)
+    if not setup.apply_lora:
+        return small * SLACK_SHARE * kept
+    between = LORA_SEVERAL_PACKS_SHARE * kept if has_several_packs(setup, rows, device) else 0.0
+    return small * (LORA_SLACK_LAYERS * layer_bytes(architecture, setup, rows, device) + between)
 
 
-def large_bytes(architecture: Architecture, setup: Setup, rows: Rows, kept: float) -> float:
-    """Of what is `kept` on a CPU, the part in blocks above glibc's threshold: they are taken from the system
-    and given back to it, and leave no holes."""
-    size = (2 if setup.is_bf16 else 4) * pack_of(setup, rows, "cpu")
+def large_share(architecture: Architecture, setup: Setup, rows: Rows) -> float:
+    """Of what a layer keeps on a CPU, the part in blocks above glibc's threshold: they are taken from the
+    system and given back to it, and leave no holes."""
+    tokens = pack_of(setup, rows, "cpu")
+    size = (2 if setup.is_bf16 else 4) * tokens
+    wide = size * architecture.intermediate_size
+    # Fused, gate and up are one block; what follows has half of it.
+    blocks = [2 * wide, wide, wide] if shape.is_fused(architecture) else [wide] * 4
     if size * architecture.hidden_size >= SMALL_BLOCK_BYTES:
-        return kept
-    if size * architecture.intermediate_size < SMALL_BLOCK_BYTES:
-        return 0.0
-    layers = 1 if setup.is_checkpointed else architecture.layers
-    return min(kept, 4.0 * size * architecture.intermediate_size * layers)
+        return 1.0
+    large = sum(block for block in blocks if block >= SMALL_BLOCK_BYTES)
+    return min(1.0, large / layer_bytes(architecture, setup, rows, "cpu"))
 
 
 # ---------------------------------------------------------------- the host
