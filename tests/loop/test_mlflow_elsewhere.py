@@ -15,6 +15,7 @@ import pytest
 from tests.loop.elsewhere import Elsewhere
 from tests.loop.world import SHORT, LoopWorld, wait_for
 from tests.mlflow_server import MlflowServerProcess
+from tuneloop import daemon
 from tuneloop.adapters.files import LocalFiles
 from tuneloop.adapters.mlflow import open_server
 from tuneloop.adapters.sql import SqlStore
@@ -177,6 +178,7 @@ def test_a_server_started_with_another_mlflow_carries_everything_there(
     wait_for(lambda: world.client.model("moved").mlflow_version, "the registry elsewhere")
     world.client.shutdown("server")
     wait_for(lambda: not world.processes() or _kinds(world) == {"tracker"}, "the tracker alone to go on")
+    wait_for(lambda: not daemon.is_locked(world.home), "the server to end")
     monkeypatch.setenv("TUNELOOP_MLFLOW_TRACKING_URI", "home")
     world.restart_server()
     assert elsewhere.status()["tracking_uri"].startswith("sqlite:///")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tuneloop.core.machine import Machine, group_memory, this_machine, within_limits
+from tuneloop.core.machine import Machine, group_memory, peak_resident_bytes, this_machine, within_limits
 
 GIB = 1 << 30
 
@@ -119,3 +121,21 @@ def test_version_1_tells_what_is_left_too(tmp_path: Path) -> None:
 
 def test_without_a_group_nothing_is_said_of_it(tmp_path: Path) -> None:
     assert group_memory(tmp_path) is None
+
+
+def test_the_peak_of_a_process_is_its_own_and_not_that_of_the_large_one_that_started_it() -> None:
+    program = """
+import subprocess, sys
+from tuneloop.core.machine import own_peak_resident_bytes
+big = bytearray(b"x") * 300_000_000
+small = "from tuneloop.core.machine import own_peak_resident_bytes as peak; print(peak())"
+print(own_peak_resident_bytes(), subprocess.check_output([sys.executable, "-c", small], text=True))
+"""
+    told = subprocess.check_output([sys.executable, "-c", program], text=True)
+    large, small = map(int, told.split())
+    assert large > 300_000_000
+    assert 5_000_000 < small < 150_000_000
+
+
+def test_the_peak_of_a_process_that_is_gone_is_not_known() -> None:
+    assert peak_resident_bytes(2**22 + 1) is None

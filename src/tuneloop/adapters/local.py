@@ -66,7 +66,11 @@ class LocalExecutor:
             if identity is None:
                 return "starting" if died_early or self._starting(folder) else "absent"
             # In a copied home lie the marks of the original's processes: those are none of ours.
-            return "running" if identity.owner == owner and is_alive(identity) else "ended"
+            if identity.owner == owner and is_alive(identity):
+                return "running"
+            # It may have ended since it was looked for above.
+            self._reap(folder)
+            return "ended"
 
     def identity(self, folder: Path) -> ProcessIdentity | None:
         try:

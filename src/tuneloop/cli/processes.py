@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tuneloop.cli import session
+from tuneloop.core.machine import peak_resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,17 +62,7 @@ def memory(pid: int) -> tuple[int | None, int | None]:
         now = int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return None, None
-    return now, max(now, _peak(pid) or 0)
-
-
-def _peak(pid: int) -> int | None:
-    """Linux keeps the high-water mark of a process's resident set; psutil does not tell it."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    return now, max(now, peak_resident_bytes(pid) or 0)
 
 
 def _replica_ports(connection: Session | None) -> dict[str, tuple[int | None, str]]:

@@ -9,6 +9,9 @@ Sources: Linux kernel documentation, admin-guide/cgroup-v2 (`cpu.max`, `memory.m
 from __future__ import annotations
 
 import os
+import re
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,29 @@ def this_machine() -> Machine:
     """Of this process. Without control groups: what the scheduler and the kernel tell."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return within_limits(Path("/"), allowed, psutil.virtual_memory().total)
+
+
+def peak_resident_bytes(pid: int) -> int | None:
+    """The most that a process has held of this machine's memory; None where the system does not tell.
+
+    Linux: VmHWM in /proc/PID/status (proc_pid_status(5)). Not getrusage's ru_maxrss, which Linux keeps across
+    execve: a process that a large one started would begin with what that one held.
+    """
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def own_peak_resident_bytes() -> int:
+    """The most that this process has held of this machine's memory."""
+    told = peak_resident_bytes(os.getpid())
+    if told is not None:
+        return told
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def group_memory(root: Path = Path("/")) -> tuple[int, int] | None:

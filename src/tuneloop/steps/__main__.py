@@ -24,6 +24,7 @@ from types import FrameType
 
 from tuneloop.core.digest import of_path
 from tuneloop.core.errors import DiskFull, Internal, TuneloopError
+from tuneloop.core.machine import own_peak_resident_bytes
 from tuneloop.core.process import claim, write_atomically
 from tuneloop.core.types import ErrorInfo, ResultFile, ResultOutput, StepFile
 from tuneloop.steps.context import Interrupted, Run, StepContext
@@ -150,11 +151,11 @@ def _check_disk_order(folder: Path) -> None:
 
 
 def _peak_memory_bytes() -> int:
-    """Of this process and of its ended children, the larger (Linux counts in KiB, macOS in bytes)."""
+    """Of this process and of its ended children, the larger. A child is told no smaller than this process was
+    when it started (see `core.machine`), which the larger of the two is not changed by."""
     unit = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return max(own, children) * unit
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    return max(own_peak_resident_bytes(), children)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tuneloop.core.errors import TuneloopError
+from tuneloop.core.machine import own_peak_resident_bytes
 from tuneloop.core.types import StepFile
 from tuneloop.steps.context import StepContext
 from tuneloop.steps.failure import describe
@@ -97,7 +97,7 @@ class Rank:
     def _report(self, state: State, **told: Any) -> None:
         with self._reporting:
             report = Report(
-                self._run.token, self._rank, state, peak_memory_bytes=_peak_memory_bytes(), **told
+                self._run.token, self._rank, state, peak_memory_bytes=own_peak_resident_bytes(), **told
             )
             write_report(self._context.folder, report)
 
@@ -109,11 +109,6 @@ def _is_consequence(defect: BaseException) -> bool:
     if isinstance(defect, distributed.DistError):
         return True
     return isinstance(defect, RuntimeError) and any(words in str(defect) for words in _ANOTHER_IS_GONE)
-
-
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ the plan, and how long it still takes."""
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 
 from tuneloop import lm
+from tuneloop.core.machine import own_peak_resident_bytes
 from tuneloop.training.course import Course, epoch_order
 from tuneloop.training.data import Conversations
 from tuneloop.training.flops import Work
@@ -40,13 +39,7 @@ class Limits:
 def memory_bytes(device: torch.device) -> int:
     """The most that this process has held: of the accelerator, or of the machine."""
     on_device = lm.peak_device_memory_bytes(device)
-    return peak_memory_bytes() if on_device is None else on_device
-
-
-def peak_memory_bytes() -> int:
-    """Of this process, in the machine's own memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return own_peak_resident_bytes() if on_device is None else on_device
 
 
 class Cost:

@@ -23,6 +23,7 @@ from torch import nn
 from tuneloop import lm
 from tuneloop.core import digest
 from tuneloop.core.errors import OutOfMemory
+from tuneloop.core.machine import own_peak_resident_bytes
 from tuneloop.core.recipe import FinetuneParameters
 from tuneloop.training import checkpoint, flops, health, layout, optimizer
 from tuneloop.training.course import Course
@@ -455,7 +456,7 @@ class _Run:
             checkpoint.prune(self._inputs.checkpoint_folder, limit, is_finished=True)
         self._objective.close()
         self._model.eval()
-        (memory,) = self._layout.sum([health.peak_memory_bytes()])
+        (memory,) = self._layout.sum([own_peak_resident_bytes()])
         return TrainingResult(
             engine=ENGINE,
             steps=tally.step,
