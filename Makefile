@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEEPSPEED := .deepspeed
+AZURE := .azure
 
 .PHONY: help demo test test-slow test-gpu check format docs clean
 
@@ -25,13 +26,22 @@ $(DEEPSPEED)/.installed: requirements-deepspeed.lock | $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(DEEPSPEED) -r requirements-deepspeed.lock
 	@touch $@
 
+# Environments of their own, as those who use the SDK have: it needs other versions than we do.
+$(AZURE)/.installed: requirements-azure-new.lock requirements-azure-older.lock | $(INSTALLED)
+	@echo "putting Azure's SDK, new and a year old, into $(AZURE) for the tests of its dialect (450 MB)"
+	@for which in new older; do \
+	  rm -rf $(AZURE)/$$which && $(PYTHON) -m venv $(AZURE)/$$which && \
+	  $(AZURE)/$$which/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-azure-$$which.lock \
+	  || exit 1; done
+	@touch $@
+
 demo: $(INSTALLED)  ## tune, evaluate, register, deploy and question a real chat model
 	@$(BIN)/tuneloop demo
 
-test: $(INSTALLED) $(DEEPSPEED)/.installed  ## the whole test suite, fast tests first
+test: $(INSTALLED) $(DEEPSPEED)/.installed $(AZURE)/.installed  ## the whole test suite, fast tests first
 	$(BIN)/python -m pytest tests/unit tests/contract tests/loop -m "not slow and not gpu"
 
-test-slow: $(INSTALLED) $(DEEPSPEED)/.installed  ## what takes too long for every change
+test-slow: $(INSTALLED) $(DEEPSPEED)/.installed $(AZURE)/.installed  ## what takes too long for every change
 	$(BIN)/python -m pytest tests -m slow
 
 test-gpu: $(INSTALLED)  ## train, run out of memory and serve on a CUDA device; skipped without one
@@ -52,4 +62,4 @@ docs: $(INSTALLED)  ## the documentation as a site in site/
 	$(BIN)/mkdocs build --strict
 
 clean:  ## the environment and everything that was built
-	rm -rf $(VENV) $(DEEPSPEED) site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEEPSPEED) $(AZURE) site build dist .pytest_cache .mypy_cache .ruff_cache

@@ -38,6 +38,8 @@ from typing import Any
 
 from train_speed_setup import LENGTHS, LORA, PEERS, TARGETS, ensure_task, make_peers, python_of
 
+from tuneloop.adapters.local import NO_CACHED_FRAGMENTS
+
 HERE = Path(__file__).parent
 OVERHEAD = "Python, autograd, allocation, and the profiler itself"
 LOSS_TOLERANCE = 1e-3
@@ -47,6 +49,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
+AS_A_STEP = {"GLIBC_TUNABLES": NO_CACHED_FRAGMENTS}
+"""What Tuneloop starts its steps with, for Tuneloop's sides; in the environment of this program, for all."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,12 @@ def _chosen(given: argparse.Namespace) -> list[Side]:
 # ---------------------------------------------------------------- running
 
 
-def run(command: list[str], core: int, log: Path) -> None:
+def run(command: list[str], core: int, log: Path, own: dict[str, str]) -> None:
     """One side, alone on its core. Raises `SystemExit` with its last lines."""
     with open(log, "wb") as file:
         ended = subprocess.run(
             ["taskset", "-c", str(core), *command],
-            env={**os.environ, **ENVIRONMENT},
+            env={**own, **os.environ, **ENVIRONMENT},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -168,7 +172,8 @@ def compare(sides: list[Side], task: Path, work: Path, given: argparse.Namespace
         for side in sides:
             out = work / f"{side.name}-{repeat}.json"
             out.unlink(missing_ok=True)
-            run(side.command(task, given.peers, out), given.core, work / f"{side.name}-{repeat}.log")
+            own = {} if side.peer else AS_A_STEP
+            run(side.command(task, given.peers, out), given.core, work / f"{side.name}-{repeat}.log", own)
             figures = json.loads(out.read_text(encoding="utf-8"))
             _check_versions(side, figures["versions"])
             found[side.name].append(figures)
@@ -309,7 +314,7 @@ def profile(task: Path, work: Path, core: int, json_file: Path | None) -> None:
         runs = []
         for more in ([], ["--profile"]):
             out.unlink(missing_ok=True)
-            run([*side.command(task, None, out), *more], core, work / f"{side.name}-profile.log")
+            run([*side.command(task, None, out), *more], core, work / f"{side.name}-profile.log", AS_A_STEP)
             runs.append(json.loads(out.read_text(encoding="utf-8")))
         written[side.name] = runs
         print("\n".join(["", *profile_table(side, runs[0], runs[1], peak, task)]), flush=True)

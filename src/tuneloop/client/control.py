@@ -13,6 +13,8 @@ import httpx
 from pydantic import ValidationError
 
 from tuneloop.client.views import (
+    AzureView,
+    AzureWarningView,
     ComputeView,
     DeploymentView,
     EndpointView,
@@ -90,6 +92,19 @@ class Client:
 
     def status(self) -> StatusView:
         return self._view(StatusView, "GET", "/api/status")
+
+    def azure(self) -> AzureView:
+        """Of the HTTPS listener for Azure's SDK."""
+        return self._view(AzureView, "GET", "/api/azure")
+
+    def azure_up(self) -> AzureView:
+        return self._view(AzureView, "POST", "/api/azure/up")
+
+    def azure_down(self) -> AzureView:
+        return self._view(AzureView, "POST", "/api/azure/down")
+
+    def azure_warnings(self, after: int = 0) -> list[AzureWarningView]:
+        return self._views(AzureWarningView, "GET", "/api/azure/warnings", params={"after": after})
 
     def shutdown(self, mode: str = "all") -> None:
         """`all` stops every process of the workspace, `server` only its own. Returns before they end."""

@@ -17,6 +17,21 @@ class HealthView(TypedDict):
     home_id: str
 
 
+class AzureView(TypedDict):
+    """The HTTPS listener for Azure's SDK."""
+
+    url: str | None
+    """None: it is closed."""
+    folder: str
+    is_loose: bool
+
+
+class AzureWarningView(TypedDict):
+    number: int
+    about: str
+    text: str
+
+
 class ActiveView(TypedDict):
     """An attempt or a replica that is alive."""
 

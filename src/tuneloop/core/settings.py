@@ -13,6 +13,7 @@ Precedence: environment variable, then `settings.yaml` in the home, then the def
       replicas/E/D/N/  one folder per replica
       mlflow/          mlflow.db and MLflow's own artifacts
       cache/           downloads of base models
+      azure/           the HTTPS listener's certificates and secret, and what was uploaded through it
       logs/            server.log
 """
 
@@ -66,6 +67,11 @@ class Settings:
     mlflow_tracking_uri: str = ""
     """Address of an MLflow server, or its database; `home`: `mlflow/mlflow.db` in the home, whatever
     `MLFLOW_TRACKING_URI` says. Empty: `MLFLOW_TRACKING_URI` where that is set, else `home`."""
+    azure_port: int = 0
+    """The port on 127.0.0.1 of the HTTPS listener for Azure's SDK; 0: the last one, 8443, or a free one."""
+    azure_loose: bool = False
+    """Whether a field that Azure's SDK sends and that would have no effect here is a warning instead of an
+    error."""
 
     @property
     def database(self) -> Path:
@@ -107,6 +113,7 @@ def without_password(text: str) -> str:
 _NUMBERS = {
     "port": (0, 65535),
     "router_port": (0, 65535),
+    "azure_port": (0, 65535),
     "slots": (1, 1024),
     "memory_gb": (0, 1_000_000),
     "max_attempts": (1, 1000),
@@ -129,6 +136,8 @@ def load(environment: Mapping[str, str] | None = None, home: Path | None = None)
     _set_tracking(values, env)
     for name in _NUMBERS.keys() & values.keys():
         values[name] = _number(name, values[name])
+    if "azure_loose" in values:
+        values["azure_loose"] = _flag("azure_loose", values["azure_loose"])
     return Settings(**values)  # type: ignore[arg-type]
 
 
@@ -165,6 +174,19 @@ def _set_tracking(values: dict[str, object], env: Mapping[str, str]) -> None:
             f"database ({', '.join(_TRACKING_SCHEMES[2:])}), or {IN_THE_HOME!r}.",
             next_move=f"To keep MLflow in the home: export TUNELOOP_MLFLOW_TRACKING_URI={IN_THE_HOME}",
         )
+
+
+def _flag(name: str, value: object) -> bool:
+    written = str(value).strip().lower()
+    if written not in _FLAGS:
+        raise UsageError(
+            f"The setting {name} is {value!r}; expected true or false.",
+            next_move=f"Set TUNELOOP_{name.upper()}, or {name} in settings.yaml of the home.",
+        )
+    return _FLAGS[written]
+
+
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def _number(name: str, value: object) -> int:

@@ -17,6 +17,7 @@ from tuneloop.core.errors import PortTaken
 from tuneloop.core.home import SCHEMA_VERSION, TokenFile, arrival, new_id, read_mark, settle
 from tuneloop.core.machine import this_machine
 from tuneloop.core.settings import Settings, tracking_fingerprint
+from tuneloop.daemon.azure import AzureListener
 from tuneloop.daemon.clock import SystemClock
 from tuneloop.daemon.home import home_id, only_server, prepare_home
 
@@ -47,6 +48,10 @@ def serve(settings: Settings) -> None:
         lifetime = Lifetime()
         parts, reconciler = assemble(settings, lifetime)
         thread = threading.Thread(target=reconciler.run, name="reconciler", daemon=True)
+        azure = parts.azure
+        assert isinstance(azure, AzureListener)
+        azure.parts = parts
+        azure.resume()
         _announce(home, listener)
         thread.start()
         watch = HomeWatch(home, lock, lambda: lifetime.shut_down("gone"))
@@ -55,6 +60,7 @@ def serve(settings: Settings) -> None:
             lifetime.run(parts, listener)
         finally:
             watch.stop()
+            azure.close()
             reconciler.stop()
             thread.join(timeout=10)
             if lifetime.mode == "all":
@@ -206,6 +212,7 @@ def assemble(settings: Settings, lifetime: Lifetime) -> tuple[Parts, Reconciler]
         models=models,
         endpoints=Endpoints(store, clock, models, secret),
         wake=reconciler.wake,
+        azure=AzureListener(home, secret, port=settings.azure_port, is_loose=settings.azure_loose),
         shut_down=lifetime.shut_down,
     )
     return parts, reconciler

@@ -17,7 +17,7 @@ from starlette.routing import compile_path
 from tuneloop import __version__
 from tuneloop.core import disk
 from tuneloop.core.errors import Internal, NotFound, TuneloopError, UsageError
-from tuneloop.server.api import catalog, datasets, endpoints, jobs, models, system
+from tuneloop.server.api import azure, catalog, datasets, endpoints, jobs, models, system
 from tuneloop.server.parts import Parts
 from tuneloop.server.security import OPEN_PATHS, Guard, error_json
 
@@ -61,7 +61,7 @@ class Api(FastAPI):
 
 def create_app(parts: Parts) -> FastAPI:
     app = Api(title="Tuneloop", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for module in (system, catalog, datasets, jobs, models, endpoints):
+    for module in (system, catalog, datasets, jobs, models, endpoints, azure):
         app.include_router(module.routes(parts), prefix="/api", responses=ERRORS)
     app.add_exception_handler(TuneloopError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)

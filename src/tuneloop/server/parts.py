@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
 from tuneloop.core.ports import Executor, Files, Store
 from tuneloop.core.settings import Settings
@@ -15,6 +16,25 @@ from tuneloop.workspace.data import Data
 from tuneloop.workspace.endpoints import Endpoints
 from tuneloop.workspace.jobs import Jobs
 from tuneloop.workspace.models import Models
+
+
+@dataclass(frozen=True)
+class AzureStatus:
+    url: str | None
+    """None: it is closed."""
+    folder: Path
+    """Where certificates, `config.json` and the identity's secret lie."""
+    is_loose: bool
+
+
+class AzureControl(Protocol):
+    """Opens and closes the HTTPS listener."""
+
+    def up(self) -> AzureStatus: ...
+
+    def down(self) -> AzureStatus: ...
+
+    def status(self) -> AzureStatus: ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,7 @@ class Parts:
     """Tell the reconciler that there is something new."""
     shut_down: Callable[[str], None]
     """`all` or `server`: begin to end; returns at once."""
+    azure: AzureControl | None = None
     current_token: Callable[[], str] | None = None
     """The token as its file has it now; without it `token` stands."""
 

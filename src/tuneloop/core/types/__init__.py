@@ -63,7 +63,13 @@ from tuneloop.core.types.jobs import (
     StepRecord,
 )
 from tuneloop.core.types.models import Lineage, ModelRecord
-from tuneloop.core.types.serving import DeploymentRecord, EndpointRecord, ReplicaRecord, ServiceRecord
+from tuneloop.core.types.serving import (
+    AzureRecord,
+    DeploymentRecord,
+    EndpointRecord,
+    ReplicaRecord,
+    ServiceRecord,
+)
 
 __all__ = [
     "PRIORITIES",
@@ -72,6 +78,7 @@ __all__ = [
     "ArtifactInput",
     "ArtifactKind",
     "AttemptRecord",
+    "AzureRecord",
     "CacheEntry",
     "Card",
     "CardRecord",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import JsonValue
+
 from tuneloop.core.states import DeploymentState, EndpointState, ReplicaState, ServiceState
 from tuneloop.core.types.base import ErrorInfo, ProcessIdentity, Record
 
@@ -92,3 +94,21 @@ class ServiceRecord(Record):
     @property
     def key(self) -> str:
         return self.name
+
+
+class AzureRecord(Record):
+    """What only the dialect of Azure knows of something: what it was sent and has to say again, such as the
+    idle time of a cluster. Nothing of ours depends on it."""
+
+    kind: ClassVar[str] = "azure"
+    collection: str
+    name: str
+    body: dict[str, JsonValue] = {}
+
+    @property
+    def key(self) -> str:
+        return f"{self.collection}/{self.name.lower()}"
+
+    @property
+    def parent(self) -> str:
+        return self.collection

@@ -1,0 +1,7 @@
+"""Clusters, and the list of sizes."""
+
+from __future__ import annotations
+
+from tuneloop.server.azure.routing import Routes
+
+routes = Routes()

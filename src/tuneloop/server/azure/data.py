@@ -1,0 +1,7 @@
+"""Data assets."""
+
+from __future__ import annotations
+
+from tuneloop.server.azure.routing import Routes
+
+routes = Routes()

@@ -1,0 +1,7 @@
+"""Deployments of an online endpoint."""
+
+from __future__ import annotations
+
+from tuneloop.server.azure.routing import Routes
+
+routes = Routes()

@@ -1,0 +1,7 @@
+"""Online endpoints, their keys and traffic."""
+
+from __future__ import annotations
+
+from tuneloop.server.azure.routing import Routes
+
+routes = Routes()

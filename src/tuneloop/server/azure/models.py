@@ -1,0 +1,7 @@
+"""Registered models."""
+
+from __future__ import annotations
+
+from tuneloop.server.azure.routing import Routes
+
+routes = Routes()
