@@ -119,6 +119,19 @@ class AzureWorld(LoopWorld):
             timeout=seconds,
         )
 
+    def run_file(
+        self, path: Path, which: str = "new", *, identity: str = "managed", seconds: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        """A script where it lies, in a process of its own."""
+        return subprocess.run(
+            [str(python_of(which)), str(path)],
+            cwd=path.parent,
+            env=self.variables(identity),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+
     def take_down(self) -> None:
         for one in self._sdks.values():
             one.close()
