@@ -1,8 +1,8 @@
 """The calls of Azure's chat-completion walk-through, first to last, as one script for the official SDK.
 
 Run in an environment of its own, in a folder that holds `download-dataset.py`. Each block says on the way
-what it found; the last line is JSON for whoever drives it. What the published notebook has and the document leaves
-out (a name and a size for the cluster, making it when there is none) stands between the marks.
+what it found; the last line is JSON for whoever drives it. What the published notebook has and the document
+leaves out (a name and a size for the cluster, making it when there is none) stands between the marks.
 """
 
 import ast
