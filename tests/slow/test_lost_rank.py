@@ -32,14 +32,13 @@ def world(tmp_path: Path) -> Iterator[LoopWorld]:
     wait_for(lambda: one.processes() == [], "every process to be gone", seconds=10)
 
 
-def test_a_job_that_loses_a_rank_tries_again_from_its_checkpoint_and_learns_what_one_process_learns(
+def test_a_job_that_loses_a_rank_tries_again_from_its_checkpoint_and_ends_as_if_nothing_had_been(
     world: LoopWorld,
 ) -> None:
-    alone = world.submit(
-        SHORT, **{"finetune.num_train_epochs": 100, "finetune.per_device_train_batch_size": 4}
-    )
-    assert world.wait_until_ended(alone)["state"] == "completed"
-    job = world.submit(SHORT, **TOGETHER)
+    undisturbed = world.submit(SHORT, **TOGETHER)
+    assert world.wait_until_ended(undisturbed)["state"] == "completed"
+    # Another limit of checkpoints changes no loss, and keeps the cache from answering.
+    job = world.submit(SHORT, **TOGETHER, **{"finetune.save_total_limit": 3})
     folder = world.wait_until_training(job, checkpoints=2)
     ranks = wait_for(lambda: {"0", "1"} <= set(processes_of(folder)) and processes_of(folder), "both ranks")
     ranks["1"].kill()
@@ -50,6 +49,6 @@ def test_a_job_that_loses_a_rank_tries_again_from_its_checkpoint_and_learns_what
     assert lost["error"]["code"] == "rank_lost"
     first = json.loads((folder.parent / "2" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] > 1, "the second attempt started over"
-    expected, found = world.losses(alone), world.losses(job)
+    expected, found = world.losses(undisturbed), world.losses(job)
     assert found.keys() == expected.keys()
-    assert max(abs(found[step] - expected[step]) for step in expected) < 2e-5
+    assert max(abs(found[step] - expected[step]) for step in expected) < 1e-6
