@@ -27,11 +27,15 @@ $(DEEPSPEED)/.installed: requirements-deepspeed.lock | $(INSTALLED)
 	@touch $@
 
 # Environments of their own, as those who use the SDK have: it needs other versions than we do.
-$(AZURE)/.installed: requirements-azure-new.lock requirements-azure-older.lock | $(INSTALLED)
-	@echo "putting Azure's SDK, new and a year old, into $(AZURE) for the tests of its dialect (450 MB)"
+$(AZURE)/.installed: requirements-azure-new.lock requirements-azure-older.lock requirements-azure-notebook.lock requirements-azure-mlflow.lock | $(INSTALLED)
+	@echo "putting Azure's SDK, new and a year old, into $(AZURE) for the tests of its dialect (550 MB)"
 	@for which in new older; do \
 	  rm -rf $(AZURE)/$$which && $(PYTHON) -m venv $(AZURE)/$$which && \
 	  $(AZURE)/$$which/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-azure-$$which.lock \
+	  || exit 1; done
+	@for which in notebook mlflow; do \
+	  rm -rf $(AZURE)/$$which && \
+	  $(AZURE)/new/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(AZURE)/$$which -r requirements-azure-$$which.lock \
 	  || exit 1; done
 	@touch $@
 

@@ -106,6 +106,42 @@ TREATED = {
 }
 
 
+AZURE_PAGE = ROOT / "docs" / "tutorial" / "azure.md"
+SDK = ROOT / ".azure" / "new"
+FIRST_BLOCKS = 3
+"""Who asks, a base model, a cluster: what takes no weights."""
+
+
+def _link_the_sdk(command: str) -> str:
+    return f"rm -r azure-sdk\nln -s {shlex.quote(str(SDK))} azure-sdk\nazure-sdk/bin/python -c 'import azure'"
+
+
+def _with_the_pages_first_blocks(command: str) -> str:
+    shown = [one.body for one in blocks(AZURE_PAGE.read_text("utf-8")) if one.language == "python"]
+    text = "\n".join(shown[:FIRST_BLOCKS])
+    return f"printf '%s' {shlex.quote(text)} > walk.py\n{command}"
+
+
+def _see_that_it_is_there(command: str) -> str:
+    return " ".join([*command.split()[:3], "--help"])
+
+
+TREATED |= {
+    "azure-sdk/bin/python -m pip install azure-ai-ml azure-identity datasets": Treated(
+        "the SDK, in the versions that the tests of its dialect use", _link_the_sdk
+    ),
+    "tuneloop azure run --python azure-sdk/bin/python walk.py": Treated(
+        "the page's first blocks as a script; all of them, with a small Phi-3, are run by "
+        "tests/contract/azure/test_document.py",
+        _with_the_pages_first_blocks,
+    ),
+    "tuneloop azure kernel --python azure-sdk/bin/python --prefix azure-sdk": Treated(
+        "ipykernel lies beside that SDK; tests/contract/azure/test_notebook.py runs a notebook in the kernel",
+        _see_that_it_is_there,
+    ),
+}
+
+
 def is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -150,6 +186,12 @@ PROMISED = {
     "curl": r'"content": ?"[^"]*\w',
     "tuneloop mlflow": r"http://127\.0\.0\.1:\d+/#/experiments",
     "tuneloop status": r"No background server runs",
+    "tuneloop azure up": r"(?m)^address +https://127\.0\.0\.1:\d+$",
+    "tuneloop azure status": r"(?m)^address +https://127\.0\.0\.1:\d+$",
+    "tuneloop azure run": r"GPUs of Standard_NC24ads_A100_v4: 1",
+    "tuneloop azure env": r"set -gx IDENTITY_HEADER",
+    "tuneloop azure coverage": r"jobs\.create_or_update +works",
+    "tuneloop azure down": r"closed",
 }
 """The beginning of a command, and what its output holds; the longest beginning that fits counts."""
 

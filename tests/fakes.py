@@ -141,6 +141,7 @@ class FakeExecutor:
         self.processes: dict[Path, ProcessStatus] = {}
         self.owners: dict[Path, str] = {}
         self.modules: dict[Path, str] = {}
+        self.environments: dict[Path, dict[str, str]] = {}
         self.starts: list[Path] = []
         self.stopped: list[tuple[Path, bool]] = []
         self.ignores_stop = False
@@ -155,6 +156,7 @@ class FakeExecutor:
         self.processes[folder] = "running"
         self.owners[folder] = owner
         self.modules[folder] = module
+        self.environments[folder] = dict(environment)
         self.starts.append(folder)
 
     def status(self, owner: str, folder: Path) -> ProcessStatus:

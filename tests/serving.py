@@ -113,11 +113,13 @@ class RouterProcess:
         self.folder = folder / f"run-{time.monotonic_ns()}"
         self.folder.mkdir(parents=True)
         self.routes, self.demand = folder / "routes.json", folder / "demand.json"
+        self.mirrors = folder / "mirrors"
         file = RouterFile(
             owner="router-test",
             port=port,
             routes=str(self.routes),
             demand=str(self.demand),
+            mirrors=str(self.mirrors),
             hold_seconds=hold_seconds,
         )
         (self.folder / "router.json").write_text(file.model_dump_json())
@@ -140,6 +142,10 @@ class RouterProcess:
         traffic: dict[str, int] | None = None,
         timeout: float = 10.0,
         models: dict[str, str] | None = None,
+        *,
+        mirror: dict[str, int] | None = None,
+        most: int | None = None,
+        wait: float = 0.5,
     ) -> str:
         """Put an endpoint into the route table, wait until the router knows it; its URL."""
         table = RouteTable()
@@ -148,10 +154,13 @@ class RouterProcess:
         route = RouteEndpoint(
             key_hashes=(key_hash("another"), key_hash(KEY)),
             traffic=traffic if traffic is not None else dict.fromkeys(list(deployments)[:1], 100),
+            mirror=mirror or {},
             deployments={
                 deployment: RouteDeployment(
                     model=(models or {}).get(deployment, f"{deployment}-model:1"),
                     request_timeout_seconds=timeout,
+                    max_concurrent_requests=most,
+                    max_queue_wait_seconds=wait,
                     replicas=tuple(replicas),
                 )
                 for deployment, replicas in deployments.items()

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from tuneloop import daemon
 from tuneloop.core.settings import Settings
-from tuneloop.core.types import StepRecord
+from tuneloop.core.types import Lineage, ModelRecord, StepRecord
 from tuneloop.server.app import create_app
 from tuneloop.server.parts import Parts
 
@@ -356,3 +356,29 @@ def test_a_deepspeed_file_of_a_recipe_is_read_from_the_recipes_folder(
     (tmp_path / "ds.json").unlink()
     kept = api.get(f"/api/jobs/{name}").json()["parameters"]["finetune.deepspeed"]
     assert kept == {"zero_optimization": {"stage": 2, "overlap_comm": False}}
+
+
+def test_traffic_is_mirrored_to_a_deployment_without_traffic_and_a_denied_size_refused(
+    api: TestClient, parts: Parts
+) -> None:
+    lineage = Lineage(base_model="Phi-3-mini-4k-instruct")
+    at, digest = parts.started_at, "sha256:" + "0" * 64
+    parts.files.artifact_path(digest).mkdir(parents=True)
+    for version in ("1", "2"):
+        parts.store.insert(
+            ModelRecord(created_at=at, name="m", model_version=version, artifact=digest, lineage=lineage)
+        )
+    api.post("/api/endpoints", json={"name": "chat"})
+    for name, version in (("blue", "1"), ("green", "2")):
+        body = {"name": name, "model": f"m:{version}", "instance_type": "Standard_NC6s_v3"}
+        made = api.post("/api/endpoints/chat/deployments", json=body)
+        assert (made.status_code, made.json()["instance_type"]) == (201, "Standard_NC6s_v3")
+    denied = {"name": "grey", "model": "m:1", "instance_type": "Standard_D12_v2"}
+    refused = api.post("/api/endpoints/chat/deployments", json=denied)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "usage")
+    assert "inference_compute_allow_list" in refused.json()["error"]["message"]
+    api.post("/api/endpoints/chat/traffic", json={"blue": 100})
+    mirrored = api.post("/api/endpoints/chat/mirror", json={"green": 20})
+    assert (mirrored.status_code, mirrored.json()["mirror"]) == (200, {"green": 20})
+    assert api.post("/api/endpoints/chat/mirror", json={"blue": 20}).status_code == 400
+    assert api.post("/api/endpoints/chat/mirror", json={}).json()["mirror"] == {}

@@ -143,3 +143,40 @@ def test_a_record_of_an_older_home_is_read_as_it_is() -> None:
     old = '{"created_at": "2026-01-01T00:00:00Z", "name": "local", "cores": 2, "memory_bytes": 5}'
     found = Compute.model_validate_json(old)
     assert (found.type, found.devices, found.size, found.max_instances) == ("local", (), None, 1)
+
+
+def test_a_cluster_is_found_whatever_the_case_of_its_name(world: World) -> None:
+    world.computes.create("Gpu-Cluster", size=A100)
+    assert world.computes.get("gpu-CLUSTER").name == "Gpu-Cluster"
+    found = world.computes.find("GPU-cluster")
+    assert found is not None
+    assert (found.name, found.slots) == ("Gpu-Cluster", 4)
+    assert world.computes.find("gpu") is None
+    with pytest.raises(AlreadyExists, match="There is a compute 'Gpu-Cluster' already"):
+        world.computes.create("gpu-cluster", size=A100)
+    world.computes.delete("GPU-CLUSTER")
+    with pytest.raises(NotFound):
+        world.computes.get("Gpu-Cluster")
+
+
+def test_a_cluster_that_a_step_names_in_another_case_is_used(world: World) -> None:
+    world.computes.create("Gpu", size=A100)
+    world.submit("first", "Gpu", 6)
+    with pytest.raises(InvalidState, match="Compute 'Gpu' is used by 1 job"):
+        world.computes.delete("GPU")
+    assert [one.job for one in world.computes.queue("gPU")] == ["first"]
+
+
+def test_the_nodes_of_a_cluster_can_be_changed_and_nothing_else_of_it_is(world: World) -> None:
+    made = world.computes.create("one", size=A100, max_instances=2)
+    changed = world.computes.resize("ONE", max_instances=5)
+    assert changed == made.model_copy(update={"max_instances": 5, "version": changed.version})
+    stored = world.store.get(Compute, "one")
+    assert (stored.max_instances, stored.cores, stored.memory_bytes) == (5, 0, 0)
+    assert world.computes.resize("one", max_instances=5) == changed
+    with pytest.raises(UsageError, match="expected 1 to 1000"):
+        world.computes.resize("one", max_instances=0)
+    with pytest.raises(InvalidState, match="'local' is this machine"):
+        world.computes.resize("LOCAL", max_instances=2)
+    with pytest.raises(NotFound):
+        world.computes.resize("two", max_instances=2)

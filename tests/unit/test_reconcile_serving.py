@@ -19,6 +19,7 @@ from tuneloop.core.types import (
     ReplicaFile,
     ReplicaRecord,
     RouterFile,
+    RouteTable,
     ServiceRecord,
 )
 from tuneloop.workspace.endpoints import Endpoints
@@ -89,9 +90,8 @@ class World:
         return [str(one.state) for one in self.store.list(ReplicaRecord, parent=f"chat/{name}")]
 
     def routes(self) -> dict[str, object]:
-        return json.loads(self.files.written[self.files.folder("services/router") / "routes.json"])[
-            "endpoints"
-        ]  # type: ignore[no-any-return]
+        text = self.files.written[self.files.folder("services/router") / "routes.json"]
+        return dict(RouteTable.model_validate_json(text).model_dump(mode="json")["endpoints"])
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_an_unknown_size_names_the_nearest_one() -> None:
 
 def test_names_are_unique_and_numbers_hang_together() -> None:
     names = [size.short_name.lower() for size in sizes.SIZES]
-    assert len(names) == len(set(names)) == 22
+    assert len(names) == len(set(names)) == 23
     for size in sizes.SIZES:
         assert bool(size.gpus or size.gpus is None) == bool(size.gpu), size.name
         assert bool(size.gpu_memory_gib) == bool(size.gpus), size.name

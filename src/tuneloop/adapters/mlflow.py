@@ -265,11 +265,16 @@ class MlflowServer:
 
     # ------------------------------------------------------------ the client
 
+    def open(self) -> None:
+        """Makes sure that there is a database. Raises `Unavailable`."""
+        if self._opened is None:
+            self._opened = self._open()
+
     @contextmanager
     def _client(self) -> Iterator[MlflowClient]:
         """MLflow's client, and our errors for its own."""
-        if self._opened is None:
-            self._opened = self._open()
+        self.open()
+        assert self._opened is not None
         try:
             yield self._opened
         except (MlflowException, requests.exceptions.RequestException) as error:

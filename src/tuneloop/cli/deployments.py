@@ -71,6 +71,11 @@ def deployments_() -> None:
 @click.option(
     "--traffic", type=click.IntRange(0, 100), help="Share of the requests in per cent, once it is ready."
 )
+@click.option(
+    "--instance-type",
+    metavar="SIZE",
+    help="Refuse a size of Azure's that the base model must not be served on; replicas run here.",
+)
 @click.option("--no-wait", is_flag=True, help="Return at once, without waiting until it is ready.")
 @output.json_option
 def create_(
@@ -80,6 +85,7 @@ def create_(
     replicas: int,
     request_timeout: float,
     traffic: int | None,
+    instance_type: str | None,
     no_wait: bool,
     as_json: bool,
 ) -> int:
@@ -99,7 +105,9 @@ def create_(
         )
     connection = session.connect()
     shares = _shares(connection, endpoint, name, traffic)
-    made = connection.client.create_deployment(endpoint, name, model, replicas, request_timeout)
+    made = connection.client.create_deployment(
+        endpoint, name, model, replicas, request_timeout, instance_type
+    )
     try:
         if not no_wait:
             made = wait_ready(connection, endpoint, name)

@@ -13,7 +13,7 @@ from tuneloop.cli import completion, output, session, words
 from tuneloop.core.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from tuneloop.cli.session import Session
     from tuneloop.client.views import EndpointView, ReplicaView
@@ -91,7 +91,7 @@ def list_(as_json: bool) -> None:
             endpoint["name"],
             endpoint["state"],
             ", ".join(f"{one['name']} ({one['state']})" for one in endpoint["deployments"]),
-            _traffic(endpoint),
+            _shares(endpoint["traffic"]),
             endpoint["openai_base_url"],
         )
         for endpoint in found
@@ -128,7 +128,8 @@ def show_(name: str, as_json: bool) -> None:
             "tags": endpoint["tags"],
             "OpenAI base URL": endpoint["openai_base_url"],
             "scoring URI": endpoint["scoring_uri"],
-            "traffic": _traffic(endpoint),
+            "traffic": _shares(endpoint["traffic"]),
+            "mirrored": _shares(endpoint["mirror"]) or None,
         }
     )
     output.say()
@@ -180,23 +181,41 @@ def invoke_(name: str, deployment: str | None, request_file: Path, as_json: bool
 
 @endpoints_.command("traffic")
 @click.argument("name", shell_complete=completion.endpoints)
-@click.argument(
-    "shares", nargs=-1, required=True, metavar="DEPLOYMENT=PERCENT...", shell_complete=completion.shares
+@click.argument("shares", nargs=-1, metavar="DEPLOYMENT=PERCENT...", shell_complete=completion.shares)
+@click.option(
+    "--mirror",
+    metavar="D=P",
+    shell_complete=completion.shares,
+    help="Send P per cent of the requests to D as well, and compare; its replies go to nobody. D=0 ends it.",
 )
 @output.json_option
-def traffic_(name: str, shares: Sequence[str], as_json: bool) -> None:
+def traffic_(name: str, shares: Sequence[str], mirror: str | None, as_json: bool) -> None:
     """Share an endpoint's traffic out between its deployments, in per cent.
+
+    A mirrored request is answered by the deployment that has the traffic. What became of the copy is in
+    the mirror's log: tuneloop deployments logs D --endpoint NAME.
 
     \b
     Examples:
       tuneloop endpoints traffic demo tuned=100
       tuneloop endpoints traffic demo tuned=90 base=10
+      tuneloop endpoints traffic demo --mirror next=20
     """
-    endpoint = session.connect().client.set_traffic(name, words.shares(shares))
+    if not shares and mirror is None:
+        raise click.UsageError("Say DEPLOYMENT=PERCENT, --mirror DEPLOYMENT=PERCENT, or both.")
+    weights = words.shares(shares)
+    copies = None if mirror is None else words.shares([mirror])
+    client = session.connect().client
+    if shares:
+        endpoint = client.set_traffic(name, weights)
+    if copies is not None:
+        endpoint = client.set_mirror(name, copies)
     if as_json:
         output.print_json(endpoint)
-    else:
-        output.say(f"Traffic of {name}: {_traffic(endpoint) or 'none'}")
+        return
+    output.say(f"Traffic of {name}: {_shares(endpoint['traffic']) or 'none'}")
+    if endpoint["mirror"] or copies is not None:
+        output.say(f"Mirrored: {_shares(endpoint['mirror']) or 'none'}")
 
 
 @endpoints_.command("keys")
@@ -287,5 +306,5 @@ def wait_gone(connection: Session, name: str) -> None:
     )
 
 
-def _traffic(endpoint: EndpointView) -> str:
-    return ", ".join(f"{deployment} {share} %" for deployment, share in endpoint["traffic"].items())
+def _shares(weights: Mapping[str, int]) -> str:
+    return ", ".join(f"{deployment} {share} %" for deployment, share in weights.items())

@@ -27,6 +27,7 @@ COMMANDS = {
     "endpoints": ("endpoints", "Addresses that answer: create, show, list, invoke, traffic, keys, delete."),
     "deployments": ("deployments", "Models behind an endpoint: create, list, logs, delete."),
     "chat": ("chat", "Talk to an endpoint in the terminal."),
+    "azure": ("azure", "Scripts for the official Azure ML SDK, here: up, run, env, kernel, coverage."),
     "up": ("server", "Start the background server."),
     "down": ("server", "Stop the server and every process that it started."),
     "status": ("server", "What runs: processes, jobs, endpoints."),

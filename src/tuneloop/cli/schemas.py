@@ -12,6 +12,8 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from tuneloop.client.views import (
+    AzureView,
+    AzureWarningView,
     ComputeView,
     DeploymentView,
     EndpointView,
@@ -355,6 +357,48 @@ class Reply(TypedDict):
     output: str | list[str]
 
 
+class AzureRun(TypedDict):
+    exit_code: int
+    """The script's; 128 and the number of a signal where one ended it."""
+    warnings: list[AzureWarningView]
+    """Since the script began."""
+
+
+class AzureEnvironment(TypedDict):
+    set: dict[str, str]
+    unset: list[str]
+    """Variables of the shell that would lead the SDK elsewhere."""
+
+
+class AzureKernel(TypedDict):
+    name: str
+    path: str
+    is_installed: bool
+
+
+class AzureCall(TypedDict):
+    name: str
+    """`jobs.create_or_update`; without a dot: of `MLClient` itself."""
+    state: Literal["works", "refused", "not there"]
+    tests: list[str]
+    """Which show it."""
+
+
+class AzureOperation(TypedDict):
+    module: str
+    method: str
+    address: str
+    state: Literal["works", "refused", "not there"]
+    summary: str
+
+
+class AzureCoverage(TypedDict):
+    sdk: str
+    calls: list[AzureCall]
+    operations: list[AzureOperation]
+    """With `--operations`."""
+
+
 OUTPUTS: Mapping[str, Mapping[str, Any]] = {
     "demo": {"": DemoSummary},
     "recipes list": {"": list[ShippedRecipe]},
@@ -407,6 +451,13 @@ OUTPUTS: Mapping[str, Mapping[str, Any]] = {
     "deployments logs": {"": LogText},
     "deployments delete": {"": Deleted},
     "chat": {"--message": Completion},
+    "azure up": {"": AzureView},
+    "azure down": {"": AzureView},
+    "azure status": {"": AzureView},
+    "azure run": {"": AzureRun},
+    "azure env": {"": AzureEnvironment},
+    "azure kernel": {"": AzureKernel},
+    "azure coverage": {"": AzureCoverage},
     "up": {"": ServerStatus},
     "down": {"": Stopped},
     "status": {"": Running},

@@ -277,6 +277,11 @@ class Client:
         path = f"/api/endpoints/{_part(name)}/traffic"
         return self._view(EndpointView, "POST", path, dict(traffic))
 
+    def set_mirror(self, name: str, mirror: Mapping[str, int]) -> EndpointView:
+        """To which deployment so many per cent of the requests are sent as well; empty or 0 ends it."""
+        path = f"/api/endpoints/{_part(name)}/mirror"
+        return self._view(EndpointView, "POST", path, dict(mirror))
+
     def keys(self, name: str) -> KeysView:
         return self._view(KeysView, "GET", f"/api/endpoints/{_part(name)}/keys")
 
@@ -297,6 +302,7 @@ class Client:
         model: str,
         replicas: int = 1,
         request_timeout_seconds: float = 90.0,
+        instance_type: str | None = None,
     ) -> DeploymentView:
         """`model` is `name:version` of a registered model, or `base:NAME` once a job has imported it."""
         body = {
@@ -304,6 +310,7 @@ class Client:
             "model": model,
             "replicas": replicas,
             "request_timeout_seconds": request_timeout_seconds,
+            **_given(instance_type=instance_type),
         }
         path = f"/api/endpoints/{_part(endpoint)}/deployments"
         return self._view(DeploymentView, "POST", path, body)

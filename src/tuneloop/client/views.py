@@ -23,12 +23,20 @@ class AzureView(TypedDict):
     url: str | None
     """None: it is closed."""
     folder: str
+    """Where its certificates, `config.json` and the secret of its identity lie."""
     is_loose: bool
+    """Whether a field that would have no effect is a warning instead of an error (`azure_loose`)."""
+    newest_warning: int
+    """The number of the last warning; 0: there was none."""
 
 
 class AzureWarningView(TypedDict):
+    """Something that was done in another way than Azure does it."""
+
     number: int
+    at: str
     about: str
+    """`job calm_fox_1`, `deployment demo/blue`, ..."""
     text: str
 
 
@@ -240,6 +248,14 @@ class ReplicaView(TypedDict):
     error: ErrorView | None
 
 
+class ProbeView(TypedDict):
+    """A replica that has not answered after the delay and so many periods is ended and started anew."""
+
+    initial_delay_seconds: float
+    period_seconds: float
+    failure_threshold: int
+
+
 class DeploymentView(TypedDict):
     version: int
     """Of the record: rises with every change."""
@@ -248,8 +264,18 @@ class DeploymentView(TypedDict):
     name: str
     model: str
     artifact: str
+    description: str
+    tags: dict[str, str]
     replicas: int
+    instance_type: NotRequired[str]
+    """A size of Azure's list that was asked for; replicas run on this machine all the same."""
     request_timeout_seconds: float
+    max_concurrent_requests: NotRequired[int]
+    """Of one replica; absent: as many as come."""
+    max_queue_wait_seconds: float
+    liveness: NotRequired[ProbeView]
+    """Absent: a replica may load for as long as it takes."""
+    environment: dict[str, str]
     memory_bytes: NotRequired[int]
     """What each replica is expected to take, and claims."""
     state: str
@@ -268,6 +294,8 @@ class EndpointView(TypedDict):
     tags: dict[str, str]
     auth_mode: str
     traffic: dict[str, int]
+    mirror: dict[str, int]
+    """Of the requests that follow the traffic, so many per cent are also sent to this deployment."""
     scoring_uri: str | None
     """None, like `openai_base_url`, until the router has its port."""
     openai_base_url: str | None

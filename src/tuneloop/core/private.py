@@ -14,7 +14,7 @@ from tuneloop.core.errors import HomeUnusable
 
 OTHERS = 0o077
 SECRETS = ("token", "secret")
-FOLDERS = ("logs", "jobs", "services", "replicas", "artifacts", "cache", "mlflow")
+FOLDERS = ("logs", "jobs", "services", "replicas", "artifacts", "cache", "mlflow", "azure")
 FILES = ("home.json", "server.json", "settings.yaml", "tuneloop.db", "tuneloop.db-wal", "tuneloop.db-shm")
 LEAST_SECRET_CHARACTERS = 32
 
@@ -25,22 +25,35 @@ def keep_private(home: Path) -> list[str]:
     told = []
     # The home first: once it is closed, nobody else reaches what lies in it.
     for path in (home, *(home / name for name in (*SECRETS, *FILES, *FOLDERS))):
-        mode = _mode(path)
-        if mode is None or stat.S_ISLNK(mode) or not mode & OTHERS:
-            continue
-        try:
-            os.chmod(path, stat.S_IMODE(mode) & ~OTHERS)
-        except OSError as broken:
-            raise HomeUnusable(
-                f"{path} is open to other users (mode {stat.S_IMODE(mode):04o}) and cannot be closed: "
-                f"{broken.strerror}.",
-                next_move="Let it belong to you, or choose another home with TUNELOOP_HOME.",
-            ) from None
-        if path == home or path.name in SECRETS:
+        mode = _close(path)
+        if mode is not None and (path == home or path.name in SECRETS):
             told.append(_told(path, mode))
     for name in SECRETS:
         _check_secret(home / name)
     return told
+
+
+def keep_secret(path: Path) -> list[str]:
+    """The same for one secret that lies deeper in the home; nothing where there is none."""
+    mode = _close(path)
+    _check_secret(path)
+    return [] if mode is None else [_told(path, mode)]
+
+
+def _close(path: Path) -> int | None:
+    """The mode that it had, when it was open to others."""
+    mode = _mode(path)
+    if mode is None or stat.S_ISLNK(mode) or not mode & OTHERS:
+        return None
+    try:
+        os.chmod(path, stat.S_IMODE(mode) & ~OTHERS)
+    except OSError as broken:
+        raise HomeUnusable(
+            f"{path} is open to other users (mode {stat.S_IMODE(mode):04o}) and cannot be closed: "
+            f"{broken.strerror}.",
+            next_move="Let it belong to you, or choose another home with TUNELOOP_HOME.",
+        ) from None
+    return mode
 
 
 def _mode(path: Path) -> int | None:
@@ -52,7 +65,7 @@ def _mode(path: Path) -> int | None:
 
 def _told(path: Path, mode: int) -> str:
     said = f"{path} was open to other users (mode {stat.S_IMODE(mode):04o}); it is closed now."
-    if path.name in SECRETS:
+    if not stat.S_ISDIR(mode):
         said += f" If others use this machine, make a new one: tuneloop down, remove {path}, tuneloop up."
     return said
 

@@ -9,7 +9,7 @@ Precedence: environment variable, then `settings.yaml` in the home, then the def
       tuneloop.db      the store (SQLite)
       artifacts/       immutable bytes by digest
       jobs/J/S/N/      one folder per attempt
-      services/        tracker/ router/ (routes.json, demand.json)
+      services/        tracker/ router/ (routes.json, demand.json, mirrors/) mlflow/
       replicas/E/D/N/  one folder per replica
       mlflow/          mlflow.db and MLflow's own artifacts
       cache/           downloads of base models

@@ -144,6 +144,7 @@ SIZES: tuple[Size, ...] = (
         disk_gib=200,
         note="the component's default for import and preprocess; figures are not from a page",
     ),
+    Size(name=PREFIX + "DS3_v2", cores=4, memory_gib=14, disk_gib=28, note="the SDK's size if none is named"),
     _k80("NC6"),
     _k80("NC12"),
     _k80("NC24"),

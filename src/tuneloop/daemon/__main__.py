@@ -11,6 +11,7 @@ from pathlib import Path
 from tuneloop.core import settings as settings_module
 from tuneloop.core.errors import TuneloopError
 from tuneloop.core.plain import LogFormatter
+from tuneloop.daemon.mlflow_api import speak_mlflow
 from tuneloop.daemon.server import serve
 from tuneloop.daemon.tracker import rebuild_registry, track
 
@@ -29,6 +30,8 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments == ["--rebuild-registry"]:
             print(json.dumps(rebuild_registry(settings_module.load())))
+        elif arguments and (Path(arguments[0]) / "mlflow.json").exists():
+            return speak_mlflow(Path(arguments[0]).resolve())
         elif arguments:
             track(Path(arguments[0]).resolve())
         else:

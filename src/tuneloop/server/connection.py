@@ -41,8 +41,12 @@ class Connection(H11Protocol):
         self._expect_a_head()
         super().on_response_complete()
 
+    def told(self, mistake: str) -> bytes:
+        """The body of a refusal of what is not HTTP."""
+        return error_json(UsageError(mistake))
+
     def send_400_response(self, msg: str) -> None:
-        body = error_json(UsageError(msg))
+        body = self.told(msg)
         kind = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         head = h11.Response(
             status_code=400, reason=b"Bad Request", headers=[*kind, (b"connection", b"close"), *HEADERS]

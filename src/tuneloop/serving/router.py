@@ -8,10 +8,11 @@ flight end for a few seconds.
     POST /endpoints/NAME/score                  GET /health
     POST /endpoints/NAME/v1/chat/completions    GET /endpoints/NAME/v1/models
 
-A request waits up to `hold_seconds` for a replica, so one that was killed is not noticed by callers. As long
-as no byte of a reply has been sent, a broken connection leads to another try: a completion changes nothing,
-so asking twice is safe. The deployment's request timeout counts from the arrival of the request to the last
-byte of the reply, streams included.
+A request waits up to `hold_seconds` for a replica, so one that was killed is not noticed by callers. Where a
+deployment has a limit of requests at once, what exceeds it waits in line for `max_queue_wait_seconds`. As
+long as no byte of a reply has been sent, a broken connection leads to another try: a completion changes
+nothing, so asking twice is safe. The deployment's request timeout counts from the arrival of the request to
+the last byte of the reply, streams included.
 """
 
 from __future__ import annotations
@@ -19,19 +20,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import io
 import socket
 import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
 from aiohttp import web
 
-from tuneloop.core.callers import foreign
 from tuneloop.core.errors import PortTaken, TuneloopError
 from tuneloop.core.process import claim, write_atomically
 from tuneloop.core.types import (
@@ -42,8 +40,22 @@ from tuneloop.core.types import (
     RouteReplica,
     RouterFile,
 )
+from tuneloop.serving.exchange import (
+    FORWARDED,
+    Exchange,
+    end_with,
+    from_http,
+    no_replica,
+    payload,
+    read_body,
+    refuse_foreign,
+    returned,
+    too_many,
+)
 from tuneloop.serving.lifecycle import DRAIN_SECONDS, say, say_error, say_ready, stop_signal
+from tuneloop.serving.mirror import Copy, Mirrors
 from tuneloop.serving.routing import (
+    Line,
     Load,
     RouteFile,
     Turns,
@@ -59,52 +71,23 @@ from tuneloop.serving.wire import (
     REQUEST_ID_HEADER,
     Refused,
     error_body,
-    error_event,
     read_object,
     request_id,
-    too_large,
 )
 
 WATCH_SECONDS = 0.2
 DEMAND_SECONDS = 1.0
-BODY_SECONDS = 60.0
 IDLE_SECONDS = 75.0
 """A connection may take that long to its first request, between two, and for the head of one."""
 CONNECT_SECONDS = 5.0
 REPLAYS = 2
 """Tries after a connection broke with the request already sent: it may be the request that kills."""
 
-_FORWARDED = ("content-type", "accept", "user-agent", "traceparent", "tracestate")
-"""Nothing else of a caller's headers reaches a replica: no key, no hop-by-hop header, no forged token."""
-_HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"}
-_NOT_RETURNED = _HOP_BY_HOP | {"transfer-encoding", "upgrade", "content-length", "date", "server"}
-
 Reply = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class ReplicaGone(Exception):
     """The connection to a replica could not be made, or broke before its reply was whole."""
-
-
-@dataclass
-class Exchange:
-    """One request on its way through the router."""
-
-    request: web.Request
-    path: str
-    """The replica's path."""
-    endpoint: str
-    body: bytes
-    deployment: str = ""
-    headers: dict[str, str] = field(default_factory=dict)
-    is_held: bool = False
-    """Whether it waits for a replica."""
-    out: web.StreamResponse | None = None
-    """Set once a stream has begun: from then on errors are events."""
-
-    @property
-    def key(self) -> str:
-        return f"{self.endpoint}/{self.deployment}"
 
 
 class Router:
@@ -116,7 +99,8 @@ class Router:
         self.turns = Turns()
         self.load = Load()
         self.is_stopping = False
-        self._changed = asyncio.Event()
+        self.line = Line()
+        self.mirrors = Mirrors(Path(file.mirrors) if file.mirrors else None, self._send_copy)
         self._scopes: set[asyncio.Timeout] = set()
         self._written: tuple[dict[str, int], tuple[str, ...]] | None = None
 
@@ -139,6 +123,7 @@ class Router:
         for loop in loops:
             loop.cancel()
         await asyncio.gather(*loops, return_exceptions=True)
+        await self.mirrors.close()
         await self.session.close()
 
     async def drain(self) -> None:
@@ -159,12 +144,12 @@ class Router:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             if self.routes.refresh():
-                self._changed.set()
-                self._changed = asyncio.Event()
+                self.line.wake_all()
 
     async def _report(self) -> None:
         while True:
             await self.report()
+            await self.mirrors.write(self.routes.table)
             await asyncio.sleep(DEMAND_SECONDS)
 
     async def report(self) -> None:
@@ -187,12 +172,12 @@ class Router:
     async def _answer_errors(self, request: web.Request, handler: Reply) -> web.StreamResponse:
         request["id"] = request_id(request.headers.get(REQUEST_ID_HEADER))
         try:
-            _refuse_foreign(request)
+            refuse_foreign(request)
             return await handler(request)
         except Refused as refused:
             error = refused
         except web.HTTPException as mistake:
-            error = _from_http(request, mistake)
+            error = from_http(request, mistake)
         except Exception:
             traceback.print_exc()
             error = Refused(500, "internal", f"The router failed; its log has request {request['id']}.")
@@ -200,7 +185,8 @@ class Router:
         return web.json_response(error_body(request.path, error), status=error.status, headers=headers)
 
     async def _health(self, _request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok", "endpoints": len(self.routes.table.endpoints)})
+        seen = {"endpoints": len(self.routes.table.endpoints), "routes": self.routes.digest}
+        return web.json_response({"status": "ok", **seen})
 
     async def _models(self, request: web.Request) -> web.Response:
         """What the field `model` may say: the endpoint, its deployments, and their models."""
@@ -223,12 +209,12 @@ class Router:
 
     async def _score(self, request: web.Request) -> web.StreamResponse:
         name, endpoint = self._admit(request)
-        exchange = Exchange(request, "/score", name, await _read(request))
+        exchange = Exchange(request, "/score", name, await read_body(request))
         return await self._route(exchange, endpoint, model=None)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         name, endpoint = self._admit(request)
-        exchange = Exchange(request, "/v1/chat/completions", name, await _read(request))
+        exchange = Exchange(request, "/v1/chat/completions", name, await read_body(request))
         model = read_object(exchange.body).get("model")
         if model is not None and not isinstance(model, str):
             raise Refused(400, "invalid_value", "model: expected a string", param="model")
@@ -239,12 +225,57 @@ class Router:
     ) -> web.StreamResponse:
         request = exchange.request
         pins = request.headers.getall(DEPLOYMENT_HEADER, [])
-        exchange.deployment = choose_deployment(exchange.endpoint, endpoint, pins, model or None, self.turns)
-        exchange.headers = {name: request.headers[name] for name in _FORWARDED if name in request.headers}
+        model = model or None
+        exchange.deployment = choose_deployment(exchange.endpoint, endpoint, pins, model, self.turns)
+        exchange.headers = {name: request.headers[name] for name in FORWARDED if name in request.headers}
         exchange.headers[REQUEST_ID_HEADER] = request["id"]
         seconds = endpoint.deployments[exchange.deployment].request_timeout_seconds
+        # A copy is made of what follows the traffic; who asks for a deployment by name means that one alone.
+        if endpoint.mirror and not pins and model in (None, exchange.endpoint):
+            exchange.copy = self.mirrors.begin(endpoint, exchange.copied, exchange.endpoint)
         with Load.counted(self.load.in_flight, exchange.key):
-            return await self._within(seconds, exchange)
+            if exchange.copy is None:
+                return await self._within(seconds, exchange)
+            return await self._beside(exchange.copy, seconds, exchange)
+
+    async def _beside(self, copy: Copy, seconds: float, exchange: Exchange) -> web.StreamResponse:
+        """As `_within`, and then the two replies are compared."""
+        try:
+            answer = await self._within(seconds, exchange)
+        except Refused as refused:
+            self.mirrors.compare(copy, refused.status)
+            raise
+        except BaseException:
+            self.mirrors.abandon(copy)
+            raise
+        self.mirrors.compare(copy, answer.status)
+        return answer
+
+    async def _send_copy(self, copy: Copy) -> None:
+        """See `mirror.Send`."""
+        route = self.routes.table.endpoints.get(copy.endpoint)
+        deployment = route.deployments.get(copy.deployment) if route else None
+        now = asyncio.get_running_loop().time()
+        replica = self.load.pick(deployment, now) if deployment else None
+        token = self.routes.token(replica) if replica else None
+        if deployment is None or replica is None or token is None:
+            raise LookupError(copy.deployment)
+        key = f"{copy.endpoint}/{copy.deployment}"
+        headers = {**copy.headers, REPLICA_HEADER: token}
+        with Load.counted(self.load.in_flight, key), Load.counted(self.load.per_replica, replica.id):
+            try:
+                async with (
+                    asyncio.timeout(deployment.request_timeout_seconds),
+                    self.session.post(
+                        replica.address + copy.path, data=payload(copy.body), headers=headers
+                    ) as answer,
+                ):
+                    copy.theirs.is_stream = answer.content_type == "text/event-stream"
+                    async for piece in answer.content.iter_any():
+                        copy.theirs.hear(piece)
+                    copy.theirs.status = answer.status
+            finally:
+                self.line.wake(key)
 
     async def _within(self, seconds: float, exchange: Exchange) -> web.StreamResponse:
         """The reply, or 504 (an error event once a stream has begun) when it takes longer than that."""
@@ -258,7 +289,7 @@ class Router:
             self._scopes.discard(scope)
         if exchange.out is None:
             raise error
-        return await _end_with(exchange.out, error)
+        return await end_with(exchange.out, error)
 
     def _timed_out(self, seconds: float, exchange: Exchange) -> Refused:
         headers = {DEPLOYMENT_HEADER: exchange.deployment}
@@ -267,7 +298,9 @@ class Router:
                 503, "stopping", "The router is being stopped.", headers={"Retry-After": "2", **headers}
             )
         if exchange.is_held:
-            return _no_replica(exchange)
+            deployment = self._deployment(exchange)
+            is_full = self.load.is_full(deployment, asyncio.get_running_loop().time())
+            return too_many(exchange, deployment) if is_full else no_replica(exchange)
         message = (
             f"Deployment '{exchange.deployment}' did not finish within {seconds:g} s, its request timeout. "
             "Ask for fewer tokens, or deploy with a larger request_timeout_seconds."
@@ -280,35 +313,47 @@ class Router:
         replays = 0
         while True:
             replica, token = await self._find_replica(exchange, hold_until)
-            with Load.counted(self.load.per_replica, replica.id):
-                try:
+            try:
+                with Load.counted(self.load.per_replica, replica.id):
                     return await self._exchange(exchange, replica, token)
-                except aiohttp.ClientConnectorError:
-                    say(f"{replica.id} at {replica.address} refuses connections")
-                except ReplicaGone as gone:
-                    say(f"{replica.id} at {replica.address}: {gone}")
-                    replays += 1
+            except aiohttp.ClientConnectorError:
+                say(f"{replica.id} at {replica.address} refuses connections")
+            except ReplicaGone as gone:
+                say(f"{replica.id} at {replica.address}: {gone}")
+                replays += 1
+            finally:
+                self.line.wake(exchange.key)
             self.load.suspect(replica, loop.time())
             if replays > REPLAYS:
                 message = f"Deployment '{exchange.deployment}' lost {replays} replicas over this request."
                 raise Refused(502, "replica_lost", message, headers={DEPLOYMENT_HEADER: exchange.deployment})
 
     async def _find_replica(self, exchange: Exchange, hold_until: float) -> tuple[RouteReplica, str]:
-        """A replica and its token, as soon as there is one. Raises 503 when the hold is over."""
+        """A replica and its token, as soon as there is one. Raises 503 when the hold is over, 429 when every
+        replica is full and stays so."""
         loop = asyncio.get_running_loop()
-        found = self._pick(exchange, loop.time())
-        if found is not None:
-            return found
+        if self.line.is_empty(exchange.key):
+            found = self._pick(exchange, loop.time())
+            if found is not None:
+                return found
+        full_since: float | None = None
         exchange.is_held = True
-        with Load.counted(self.load.waiting, exchange.key):
-            while loop.time() < hold_until:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), timeout=0.25)
-                found = self._pick(exchange, loop.time())
+        with Load.counted(self.load.waiting, exchange.key), self.line.joined(exchange.key) as place:
+            while True:
+                now, deployment = loop.time(), self._deployment(exchange)
+                is_first = self.line.is_first(exchange.key, place)
+                found = self._pick(exchange, now) if is_first else None
                 if found is not None:
                     exchange.is_held = False
                     return found
-        raise _no_replica(exchange)
+                is_full = self.load.is_full(deployment, now, is_behind=not is_first)
+                full_since = (full_since or now) if is_full else None
+                until = hold_until if full_since is None else full_since + deployment.max_queue_wait_seconds
+                if now >= until:
+                    raise no_replica(exchange) if full_since is None else too_many(exchange, deployment)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(place.wait(), timeout=min(0.25, until - now))
+                place.clear()
 
     def _pick(self, exchange: Exchange, now: float) -> tuple[RouteReplica, str] | None:
         """From the table of this moment. Raises 404 when the deployment was deleted meanwhile."""
@@ -335,7 +380,7 @@ class Router:
         headers = {**exchange.headers, REPLICA_HEADER: token}
         url = replica.address + exchange.path
         try:
-            async with self.session.post(url, data=_payload(exchange.body), headers=headers) as answer:
+            async with self.session.post(url, data=payload(exchange.body), headers=headers) as answer:
                 if answer.status == 401:
                     # Another process on a dead replica's port: the caller's key is not what is wrong.
                     self.routes.forget(replica)
@@ -345,7 +390,9 @@ class Router:
                 if answer.content_type == "text/event-stream":
                     return await self._stream(exchange, answer)
                 body = await answer.read()
-                return web.Response(status=answer.status, body=body, headers=_returned(exchange, answer))
+                if exchange.copy is not None:
+                    exchange.copy.ours.hear(body)
+                return web.Response(status=answer.status, body=body, headers=returned(exchange, answer))
         except aiohttp.ClientConnectorError:
             raise
         except aiohttp.ClientError as problem:
@@ -353,83 +400,27 @@ class Router:
 
     async def _stream(self, exchange: Exchange, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         """Every chunk as it comes. A stream that breaks ends in an error event, not in silence."""
-        out = web.StreamResponse(status=answer.status, headers=_returned(exchange, answer))
+        out = web.StreamResponse(status=answer.status, headers=returned(exchange, answer))
         await out.prepare(exchange.request)
         exchange.out = out
+        heard = None if exchange.copy is None else exchange.copy.ours
+        if heard is not None:
+            heard.is_stream = True
         chunks = answer.content.iter_any()
         while True:
             try:
                 chunk = await anext(chunks, b"")
             except aiohttp.ClientError:
                 message = f"Deployment '{exchange.deployment}' lost the replica that was answering."
-                return await _end_with(out, Refused(502, "replica_lost", message))
+                return await end_with(out, Refused(502, "replica_lost", message))
             if not chunk:
                 return out
+            if heard is not None:
+                heard.hear(chunk)
             try:
                 await out.write(chunk)
             except ConnectionError:
                 return out
-
-
-def _payload(body: bytes) -> bytes | io.BytesIO:
-    """Sent at once when small, else in pieces, so that one large prompt holds up no stream."""
-    return body if len(body) < 1 << 20 else io.BytesIO(body)
-
-
-def _refuse_foreign(request: web.Request) -> None:
-    """No web page reaches an endpoint, whatever its name was made to lead to. The key would be enough against
-    that; but which endpoints there are is no page's business either."""
-    headers = {name.lower(): request.headers.getall(name) for name in request.headers}
-    strange = foreign(headers)
-    if strange is not None:
-        raise Refused(403, "foreign_caller", strange)
-
-
-async def _read(request: web.Request) -> bytes:
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            return await request.read()
-    except TimeoutError:
-        message = f"The body did not arrive within {BODY_SECONDS:g} s."
-        raise Refused(408, "slow_request", message, headers={"Connection": "close"}) from None
-
-
-def _no_replica(exchange: Exchange) -> Refused:
-    message = (
-        f"Deployment '{exchange.deployment}' of endpoint '{exchange.endpoint}' has no replica that is ready. "
-        f"See: tuneloop deployments list --endpoint {exchange.endpoint}"
-    )
-    headers = {"Retry-After": "5", DEPLOYMENT_HEADER: exchange.deployment}
-    return Refused(503, "no_replica", message, headers=headers)
-
-
-async def _end_with(out: web.StreamResponse, error: Refused) -> web.StreamResponse:
-    with contextlib.suppress(ConnectionError):
-        await out.write(error_event(error))
-        await out.write_eof()
-    return out
-
-
-def _returned(exchange: Exchange, answer: aiohttp.ClientResponse) -> dict[str, str]:
-    dropped = _NOT_RETURNED | {
-        name.strip().lower() for name in answer.headers.get("connection", "").split(",")
-    }
-    kept = {name: value for name, value in answer.headers.items() if name.lower() not in dropped}
-    kept[DEPLOYMENT_HEADER] = exchange.deployment
-    kept[REQUEST_ID_HEADER] = exchange.request["id"]
-    return kept
-
-
-def _from_http(request: web.Request, mistake: web.HTTPException) -> Refused:
-    if mistake.status == 413:
-        return too_large(BODY_BYTES)
-    if mistake.status == 404:
-        message = f"{request.path} is no path here; see /health, /endpoints/NAME/v1/chat/completions."
-        return Refused(404, "path_not_found", message)
-    allow = {name: mistake.headers[name] for name in ("Allow",) if name in mistake.headers}
-    return Refused(
-        mistake.status, "http", f"{request.method} {request.path}: {mistake.reason}.", headers=allow
-    )
 
 
 # ---------------------------------------------------------------- the process

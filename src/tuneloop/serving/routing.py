@@ -9,7 +9,10 @@ Any other `model` is refused by name: a reply from a model that was not asked fo
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +34,8 @@ class RouteFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.table = RouteTable()
+        self.digest = ""
+        """SHA-256 of the file as it was read: who wrote it can see that it is obeyed."""
         self._stamp: tuple[int, int, int] | None = None
         self._tokens: dict[str, str] = {}
 
@@ -41,12 +46,14 @@ class RouteFile:
             stamp = (seen.st_ino, seen.st_mtime_ns, seen.st_size)
             if stamp == self._stamp:
                 return False
-            table = RouteTable.model_validate_json(self.path.read_bytes())
+            text = self.path.read_bytes()
+            table = RouteTable.model_validate_json(text)
         except (OSError, ValidationError):
             # Somebody is writing it, or it is gone: the old routes are still the best that is known.
             return False
         self._stamp = stamp
         self.table = table
+        self.digest = hashlib.sha256(text).hexdigest()
         known = {replica.id for _, _, replica in self._replicas()}
         self._tokens = {name: token for name, token in self._tokens.items() if name in known}
         return True
@@ -199,9 +206,24 @@ class Load:
     _suspects: dict[str, float] = field(default_factory=dict)
 
     def pick(self, deployment: RouteDeployment, now: float) -> RouteReplica | None:
-        """The least busy replica that is not under suspicion, or None."""
-        usable = [replica for replica in deployment.replicas if self._suspects.get(_who(replica), 0.0) <= now]
-        return min(usable, key=lambda replica: self.per_replica.get(replica.id, 0), default=None)
+        """The least busy replica that is not under suspicion and may have one more, or None."""
+        most = deployment.max_concurrent_requests
+        free = [
+            replica
+            for replica in self._usable(deployment, now)
+            if most is None or self.per_replica.get(replica.id, 0) < most
+        ]
+        return min(free, key=lambda replica: self.per_replica.get(replica.id, 0), default=None)
+
+    def is_full(self, deployment: RouteDeployment, now: float, *, is_behind: bool = False) -> bool:
+        """Whether there are replicas, each with as many requests as it may have, or as those ahead in the
+        line will fill."""
+        if deployment.max_concurrent_requests is None or not self._usable(deployment, now):
+            return False
+        return is_behind or self.pick(deployment, now) is None
+
+    def _usable(self, deployment: RouteDeployment, now: float) -> list[RouteReplica]:
+        return [replica for replica in deployment.replicas if self._suspects.get(_who(replica), 0.0) <= now]
 
     def suspect(self, replica: RouteReplica, now: float) -> None:
         self._suspects = {who: until for who, until in self._suspects.items() if until > now}
@@ -221,3 +243,42 @@ class Load:
 
 def _who(replica: RouteReplica) -> str:
     return f"{replica.id} {replica.address}"
+
+
+class Line:
+    """Requests that wait for a replica, per deployment, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[asyncio.Event]] = {}
+
+    def is_empty(self, key: str) -> bool:
+        return key not in self._waiting
+
+    def is_first(self, key: str, place: asyncio.Event) -> bool:
+        return self._waiting[key][0] is place
+
+    def wake(self, key: str) -> None:
+        """Something became free: the first has a look."""
+        for place in list(self._waiting.get(key, ()))[:1]:
+            place.set()
+
+    def wake_all(self) -> None:
+        """The routes changed: everybody has a look."""
+        for places in self._waiting.values():
+            for place in places:
+                place.set()
+
+    @contextmanager
+    def joined(self, key: str) -> Iterator[asyncio.Event]:
+        """A place in the line; who leaves, served or not, lets the next one have a look."""
+        place = asyncio.Event()
+        places = self._waiting.setdefault(key, deque())
+        places.append(place)
+        try:
+            yield place
+        finally:
+            places.remove(place)
+            if places:
+                places[0].set()
+            else:
+                del self._waiting[key]

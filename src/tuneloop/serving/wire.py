@@ -85,6 +85,8 @@ def error_event(error: Refused) -> bytes:
 def _openai_type(status: int) -> str:
     if status == 401:
         return "authentication_error"
+    if status == 429:
+        return "rate_limit_error"
     return "invalid_request_error" if status < 500 else "server_error"
 
 

@@ -96,6 +96,10 @@ class Catalog:
             or "See: tuneloop catalog list. Add one with: tuneloop catalog add card.yaml",
         )
 
+    def versions(self, name: str) -> builtins.list[Card]:
+        """Of one base model, oldest first; raises `NotFound`, naming the nearest."""
+        return self._versions(self.get(name).name)
+
     def add(self, text: str, path: str = "card") -> Card:
         """Take in a card; the same card again is no error. Raises `UsageError` with all of its mistakes, and
         `AlreadyExists` for another card of the same name and version."""

@@ -109,14 +109,13 @@ class Computes:
         denied = sizes.why_not_allowed(found.name, None)
         if denied is not None:
             raise UsageError(denied)
-        if not 1 <= max_instances <= MOST_INSTANCES:
-            raise UsageError(f"max_instances is {max_instances}; expected 1 to {MOST_INSTANCES}.")
+        _check_instances(max_instances)
         with self._store.transaction():
-            existing = self._store.find(Compute, name)
+            existing = self._find(name)
             if existing is not None:
                 raise AlreadyExists(
-                    f"There is a compute '{name}' already: {existing.size or 'this machine'}.",
-                    next_move=f"Use it, or delete it first: tuneloop compute delete {name}",
+                    f"There is a compute '{existing.name}' already: {existing.size or 'this machine'}.",
+                    next_move=f"Use it, or delete it first: tuneloop compute delete {existing.name}",
                 )
             made = Compute(
                 created_at=self._clock.now(),
@@ -129,28 +128,57 @@ class Computes:
             )
             return self._mapped(self._store.insert(made))
 
+    def resize(self, name: str, *, max_instances: int) -> Compute:
+        """Change the nodes that a plan may count on. Raises `NotFound`, `UsageError`, and `InvalidState` for
+        this machine."""
+        _check_instances(max_instances)
+        with self._store.transaction():
+            found = self._record(name)
+            if found.type == "local":
+                raise InvalidState(f"'{found.name}' is this machine: it is one node.")
+            if found.max_instances != max_instances:
+                found = self._store.update(found.model_copy(update={"max_instances": max_instances}))
+            return self._mapped(found)
+
     def delete(self, name: str) -> None:
         """Raises `NotFound`, and `InvalidState` for this machine or a cluster that a job still names."""
         with self._store.transaction():
-            found = self._store.get(Compute, name)
+            found = self._record(name)
             if found.type == "local":
-                raise InvalidState(f"'{name}' is this machine: it cannot be deleted.")
+                raise InvalidState(f"'{found.name}' is this machine: it cannot be deleted.")
             users = [
                 record.key
                 for record in self._store.list(JobRecord, states=NOT_ENDED)
-                if any(step.compute == name for step in record.job.steps)
+                if any(_is_same(step.compute, name) for step in record.job.steps)
             ]
             if users:
                 raise InvalidState(
-                    f"Compute '{name}' is used by {len(users)} job(s) that have not ended: "
+                    f"Compute '{found.name}' is used by {len(users)} job(s) that have not ended: "
                     f"{', '.join(users[:3])}{' ...' if len(users) > 3 else ''}.",
                     next_move=f"Wait for them, or cancel them first: tuneloop jobs cancel {users[0]}",
                 )
             self._store.delete(found)
 
     def get(self, name: str) -> Compute:
-        """With this machine's capacity, whatever size a cluster is called after."""
-        return self._mapped(self._store.get(Compute, name))
+        """With this machine's capacity, whatever size a cluster is called after. Names match whatever their
+        case. Raises `NotFound`."""
+        return self._mapped(self._record(name))
+
+    def find(self, name: str) -> Compute | None:
+        """Like `get`, but for what may be absent."""
+        found = self._find(name)
+        return None if found is None else self._mapped(found)
+
+    def _find(self, name: str) -> Compute | None:
+        found = self._store.find(Compute, name)
+        if found is not None:
+            return found
+        return next((one for one in self._store.list(Compute) if _is_same(one.name, name)), None)
+
+    def _record(self, name: str) -> Compute:
+        found = self._find(name)
+        # The store has the words for what is not there.
+        return self._store.get(Compute, name) if found is None else found
 
     def list(self) -> Sequence[Compute]:
         return [self._mapped(record) for record in self._store.list(Compute)]
@@ -253,7 +281,8 @@ class Computes:
         Of a cluster only its own, with their places in the one line; of this machine all."""
         machine = self._store.find(Compute, LOCAL)
         found = [] if machine is None else list(self._queue(machine))
-        return [one for one in found if name in (None, LOCAL, one.compute)]
+        is_all = name is None or _is_same(name, LOCAL)
+        return [one for one in found if is_all or _is_same(one.compute, str(name))]
 
     def places(self, record: JobRecord) -> dict[str, Waiting]:
         """Where the steps of one job stand that wait for their compute, by step."""
@@ -356,6 +385,15 @@ def is_waiting(job: Job, step: Step, steps: dict[str, StepRecord]) -> bool:
         and all(steps[name].state in STEP_GOOD for name in step.needs)
         and (job.settings.continue_on_step_failure or not has_failed)
     )
+
+
+def _is_same(name: str, other: str) -> bool:
+    return name.lower() == other.lower()
+
+
+def _check_instances(max_instances: int) -> None:
+    if not 1 <= max_instances <= MOST_INSTANCES:
+        raise UsageError(f"max_instances is {max_instances}; expected 1 to {MOST_INSTANCES}.")
 
 
 def _no_slot(compute: Compute, holders: Sequence[AttemptRecord]) -> str:

@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from tuneloop.core import recipe as recipes
 from tuneloop.core import sizes
-from tuneloop.core.errors import InvalidState, NotFound
+from tuneloop.core.errors import AlreadyExists, InvalidState, NotFound
 from tuneloop.core.fit import rows_expected
 from tuneloop.core.names import check_name, did_you_mean, new_job_name
 from tuneloop.core.plan import Rows
@@ -25,6 +28,7 @@ from tuneloop.core.states import (
 from tuneloop.core.types import (
     Artifact,
     ArtifactInput,
+    ArtifactKind,
     AttemptRecord,
     Card,
     Compute,
@@ -32,7 +36,9 @@ from tuneloop.core.types import (
     Job,
     JobOutput,
     JobRecord,
+    Noun,
     Priority,
+    Record,
     StepOutputInput,
     StepRecord,
 )
@@ -57,6 +63,50 @@ class Submission:
     priority: Priority | None = None
     """None: what the recipe says, `medium` by default."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    name: str | None = None
+    """What the job is called; None: a name is made up."""
+    takes_model_defaults: bool = True
+    """False: the card's defaults fill nothing; whoever submits has laid them over its own already."""
+    shown: Mapping[str, str] = field(default_factory=dict)
+    """Role (`train`, ...) to what its file is called in messages; left out: as the recipe writes it."""
+    outputs: Mapping[str, JobOutput] = field(default_factory=dict)
+    """Names for outputs of steps, beside the usual ones; they stand before a usual one of the same name."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    """What has to be said beside what the recipe gives cause for."""
+
+
+class _InBrief(Noun):
+    """A part of a stored record: the rest of it is passed over unread, which takes most of the time."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class StepInBrief(_InBrief):
+    name: str
+    outputs: dict[str, ArtifactKind] = {}
+
+
+class JobInBrief(_InBrief):
+    name: str
+    display_name: str
+    experiment: str
+    steps: tuple[StepInBrief, ...] = ()
+    outputs: dict[str, JobOutput] = {}
+    tags: dict[str, str] = {}
+
+
+class JobSummary(Record):
+    """What a long list needs of a `JobRecord`; read only."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    kind: ClassVar[str] = JobRecord.kind
+    job: JobInBrief
+    state: JobState
+
+    @property
+    def key(self) -> str:
+        return self.job.name
 
 
 class Jobs:
@@ -77,7 +127,9 @@ class Jobs:
         card = self._catalog.get(recipe.model)
         for stage in recipes.STAGES:
             self._store.get(Compute, recipe.compute.of(stage))
-        return recipes.resolve(recipe, card), card
+        if submission.takes_model_defaults:
+            return recipes.resolve(recipe, card), card
+        return recipes.resolve(recipe, card.model_copy(update={"defaults": {}})), card
 
     def rehearse(self, submission: Submission) -> recipes.Resolved:
         """Everything that `submit` would refuse is refused, and nothing is recorded."""
@@ -86,19 +138,22 @@ class Jobs:
         if "questions" in files:
             written = files["questions"]
             self._data.check_questions(data_path(written, submission.folder), written)
-        warnings = self._data.check_chat(_chat_files(resolved, submission.folder))
+        warnings = self._data.check_chat(_chat_files(resolved, submission))
         return resolved.model_copy(update={"warnings": (*resolved.warnings, *warnings)})
 
     def submit(self, submission: Submission) -> JobRecord:
         """Check everything, bring the data in, and record the job; the reconciler does the rest.
-        Raises `RecipeError`, `NotFound`, `DataError` or `Unsupported`; then nothing was recorded."""
+        Raises `RecipeError`, `NotFound`, `DataError`, `Unsupported`, `InvalidName`, or `AlreadyExists` for a
+        name that is taken; then nothing was recorded."""
+        name = self._new_name(submission)
         resolved, card = self.resolve(submission)
-        brought = self._bring_in(resolved, submission.folder)
-        resolved = resolved.model_copy(update={"warnings": (*resolved.warnings, *brought.warnings)})
+        brought = self._bring_in(resolved, submission)
+        told = (*submission.warnings, *resolved.warnings, *brought.warnings)
+        resolved = resolved.model_copy(update={"warnings": told})
         here = self._store.find(Compute, LOCAL)
         job = recipes.compile_job(
             resolved,
-            name=new_job_name(),
+            name=name,
             card=card,
             inputs=brought.inputs,
             dataset_names={role: dataset.key for role, dataset in brought.datasets.items()},
@@ -110,7 +165,19 @@ class Jobs:
             gpus=0 if here is None or _hides_gpus(submission) else here.gpus,
             memory_bytes=None if here is None else here.memory_bytes,
         )
+        job = job.model_copy(
+            update={"outputs": {**job.outputs, **submission.outputs}, "tags": dict(submission.tags)}
+        )
         return self.record(job if here is None else _warned(job, here.memory_bytes))
+
+    def _new_name(self, submission: Submission) -> str:
+        if submission.name is None:
+            return new_job_name()
+        check_name(submission.name, "job")
+        if self._store.find(JobRecord, submission.name) is not None:
+            # Said before the data are brought in; `record` is who decides.
+            raise AlreadyExists(f"There is a job '{submission.name}' already.")
+        return submission.name
 
     def _rows(self, resolved: recipes.Resolved, card: Card, brought: Brought) -> Rows:
         """How long the rows are expected to be, from their characters."""
@@ -139,6 +206,10 @@ class Jobs:
     def list(self, experiment: str | None = None, limit: int | None = None) -> Sequence[JobRecord]:
         """Newest first."""
         return self._store.list(JobRecord, parent=experiment, newest_first=True, limit=limit)
+
+    def summaries(self, limit: int | None = None) -> Sequence[JobSummary]:
+        """Newest first, at a fraction of what `list` takes."""
+        return self._store.list(JobSummary, newest_first=True, limit=limit)
 
     def steps(self, name: str) -> Sequence[StepRecord]:
         """In the order of the graph."""
@@ -174,6 +245,23 @@ class Jobs:
                     next_move=f"Look at it with: tuneloop jobs show {name}",
                 )
             return self._move(record, JobState.CANCELING)
+
+    def describe(
+        self, name: str, *, display_name: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> JobRecord:
+        """Change what it is called for people, and its tags (all of them); None leaves it. In any state:
+        nothing that runs depends on them."""
+        with self._store.transaction():
+            record = self.get(name)
+            changes: dict[str, object] = {}
+            if display_name is not None and display_name != record.job.display_name:
+                changes["display_name"] = display_name
+            if tags is not None and dict(tags) != record.job.tags:
+                changes["tags"] = dict(tags)
+            if not changes:
+                return record
+            job = record.job.model_copy(update=changes)
+            return self._store.update(record.model_copy(update={"job": job}))
 
     def prioritise(self, name: str, priority: Priority) -> JobRecord:
         """Where it stands among what waits; what runs is not stopped. Raises `InvalidState` when it has
@@ -246,13 +334,14 @@ class Jobs:
     def artifact(self, digest: str) -> Artifact:
         return self._store.get(Artifact, digest)
 
-    def _bring_in(self, resolved: recipes.Resolved, folder: Path) -> Brought:
+    def _bring_in(self, resolved: recipes.Resolved, submission: Submission) -> Brought:
+        folder = submission.folder
         files = resolved.recipe.data.files()
         inputs: dict[str, ArtifactInput] = {}
         if "questions" in files:
             written = files["questions"]
             inputs["questions"] = self._data.bring_in_questions(data_path(written, folder), written)
-        brought = self._data.bring_in_chat(_chat_files(resolved, folder))
+        brought = self._data.bring_in_chat(_chat_files(resolved, submission))
         return replace(brought, inputs={**brought.inputs, **inputs})
 
     def _move(self, record: JobRecord, state: JobState, **changes: object) -> JobRecord:
@@ -265,11 +354,11 @@ class Jobs:
         self._store.append(Event(at=self._clock.now(), subject=f"job/{name}", what=what, data=dict(data)))
 
 
-def _chat_files(resolved: recipes.Resolved, folder: Path) -> ChatFiles:
+def _chat_files(resolved: recipes.Resolved, submission: Submission) -> ChatFiles:
     written = {role: text for role, text in resolved.recipe.data.files().items() if role != "questions"}
     return ChatFiles(
-        {role: data_path(text, folder) for role, text in written.items()},
-        written,
+        {role: data_path(text, submission.folder) for role, text in written.items()},
+        {role: submission.shown.get(role, text) for role, text in written.items()},
         column=resolved.preprocess.messages_column,
         bad_rows=resolved.preprocess.bad_rows,
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.contract.azure.pipelines import Streamed, submit
 from tests.contract.azure.sdk import ENVIRONMENTS, AzureWorld, Sdk, python_of
 from tests.loop.world import wait_for
 from tuneloop import daemon
@@ -35,8 +36,27 @@ def sdk(azure: AzureWorld, request: pytest.FixtureRequest) -> Sdk:
 
 
 @pytest.fixture(scope="session")
-def completed(azure: AzureWorld) -> str:
+def streamed(azure: AzureWorld) -> Streamed:
+    """A job that was submitted and followed to its end through the SDK, and what was printed meanwhile."""
+    name = submit(azure.sdk("new"), "completed", tags={"team": "blue"}, logging_steps=1)
+    followed = azure.sdk("new").run(f"ml.jobs.stream({name!r})")
+    followed.ok()
+    return Streamed(name, followed.printed)
+
+
+@pytest.fixture(scope="session")
+def completed(streamed: Streamed) -> str:
     """The name of a job that has completed, with the output `trained_model`."""
-    name = azure.submit()
-    assert azure.wait_until_ended(name)["state"] == "completed"
-    return name
+    return streamed.name
+
+
+@pytest.fixture(scope="session")
+def train(azure: AzureWorld) -> str:
+    """The address of uploaded rows."""
+    found = azure.sdk("new").run(
+        """
+        data = Data(name="uploaded_train", version="1", type="uri_file", path="./train.jsonl")
+        result = ml.data.create_or_update(data).path
+        """
+    )
+    return str(found.ok())

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -21,6 +22,7 @@ from tuneloop.core.errors import AlreadyExists, NotAllowed, NotFound, TuneloopEr
 from tuneloop.core.types import Architecture, Card, ModelRecord, PackageSource
 
 TOKEN = "the-token"
+AZURE_URL = "https://127.0.0.1:8443"
 AT = "2026-11-24T06:00:00Z"
 LATER = "2026-11-24T06:02:05Z"
 DIGEST = "sha256:" + "ab" * 32
@@ -189,6 +191,9 @@ class FakeApi:
         ]
         self.unrouted = 0
         """Looks at /v1/models before the router knows a deployment."""
+        self.azure_url: str | None = None
+        self.azure_folder = Path("/h/azure")
+        self.azure_warnings: list[dict[str, Any]] = []
         self.pid = 0
         self.on_shutdown = lambda: None
 
@@ -231,6 +236,7 @@ class FakeApi:
             "tags": {},
             "auth_mode": "key",
             "traffic": {},
+            "mirror": {},
             "created_at": AT,
             "scoring_uri": f"{base}/score",
             "openai_base_url": f"{base}/v1",
@@ -251,6 +257,10 @@ class FakeApi:
             "created_at": AT,
             "version": 1,
             "state": "creating",
+            "description": "",
+            "tags": {},
+            "max_queue_wait_seconds": 0.5,
+            "environment": {},
             "crashes": 0,
             "replica_states": [{"number": 1, "state": "starting", "address": None, "error": None}],
         } | body
@@ -301,8 +311,19 @@ def application(api: FakeApi) -> Starlette:
             "models": lambda: models(request, rest, sent),
             "endpoints": lambda: endpoints(request, rest, sent),
             "computes": lambda: computes(request, rest, sent),
+            "azure": lambda: azure(request, rest),
         }[noun]
         return handler()
+
+    def azure(request: Request, rest: list[str]) -> Response:
+        if rest == ["warnings"]:
+            after = int(request.query_params.get("after", 0))
+            return answer([one for one in api.azure_warnings if one["number"] > after])
+        if rest:
+            api.azure_url = AZURE_URL if rest == ["up"] else None
+        newest = max((one["number"] for one in api.azure_warnings), default=0)
+        view = {"folder": str(api.azure_folder), "is_loose": False, "newest_warning": newest}
+        return answer({"url": api.azure_url, **view})
 
     def computes(request: Request, rest: list[str], sent: Any) -> Response:
         if request.method == "POST":
@@ -384,8 +405,8 @@ def application(api: FakeApi) -> Starlette:
             return deployments(request, name, what[1:], sent)
         if what[:1] == ["keys"]:
             return answer({"primary": TOKEN, "secondary": "other"})
-        if what == ["traffic"]:
-            found["traffic"] = sent
+        if what in (["traffic"], ["mirror"]):
+            found[what[0]] = sent
         if request.method == "DELETE":
             del api.endpoints[name]
         return answer(found)

@@ -12,8 +12,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from tests.unit.cli.conftest import Ran
-from tests.unit.cli.fake_api import FakeApi, job, line, model, page
-from tuneloop.cli import checks, looks, root, schemas, session
+from tests.unit.cli.fake_api import AT, FakeApi, job, line, model, page
+from tuneloop.cli import azure_script, checks, looks, root, schemas, session
 from tuneloop.cli.checks import machine
 from tuneloop.core.errors import ModelUnavailable
 
@@ -103,6 +103,13 @@ COMMANDS: dict[str, list[str]] = {
     "data convert": ["DATA", "--to", "NEW"],
     "data split": ["DATA", "--to", "FOLDER", "--validation", "0", "--test", "0"],
     "init": ["--data", "DATA", "--output", "NEW"],
+    "azure up": [],
+    "azure down": [],
+    "azure status": [],
+    "azure run": ["SCRIPT"],
+    "azure env": [],
+    "azure kernel": ["--prefix", "FOLDER"],
+    "azure coverage": ["--operations"],
     "up": [],
     "down": [],
     "status": [],
@@ -114,7 +121,7 @@ COMMANDS: dict[str, list[str]] = {
 
 
 @pytest.fixture
-def _full(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def _full(api: FakeApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Something of everything."""
     api.jobs["j"] = job("j")
     api.pages["swift_heron_1"] = [page(job()), page(job())]
@@ -131,6 +138,11 @@ def _full(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModelUnavailable(f"the tokenizer of {model} is not fetched in a test")
 
     monkeypatch.setattr(looks, "tokenizer", nothing)
+    api.azure_folder = tmp_path
+    for name in ("identity", "ca.pem", "bundle.pem"):
+        (tmp_path / name).write_text(f"{name}\n")
+    api.azure_warnings = [{"number": 1, "at": AT, "about": "job x", "text": "told before"}]
+    monkeypatch.setattr(azure_script, "_probe", lambda python, modules: ("3.11.7", list(modules)))
 
 
 @pytest.mark.usefixtures("_full")
@@ -142,11 +154,14 @@ def test_what_a_command_prints_is_what_its_schema_says(
     (tmp_path / "data.jsonl").write_text(ROW)
     places = {"FOLDER": tmp_path, "CARD": tmp_path / "card.yaml", "DATA": tmp_path / "data.jsonl"}
     (tmp_path / "request.json").write_text("{}")
+    (tmp_path / "script.py").write_text("")
+    places["SCRIPT"] = tmp_path / "script.py"
     places["REQUEST"] = tmp_path / "request.json"
     places["NEW"] = tmp_path / "new.yaml"
     arguments = [str(places.get(one, one)) for one in COMMANDS[typed]]
     command, _, option = typed.partition(" --")
-    ran = tuneloop_command(*typed.split(), *arguments, "--json")
+    # First, because what stands behind a script's name is the script's own.
+    ran = tuneloop_command(*command.split(), "--json", *typed.split()[len(command.split()) :], *arguments)
     assert ran.code == 0, ran.err
     validate(schemas.OUTPUTS[command][f"--{option}" if option else ""], ran.out)
 

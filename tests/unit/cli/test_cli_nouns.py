@@ -219,6 +219,26 @@ def test_traffic_takes_shares_and_refuses_what_is_none(tuneloop_command: Command
     assert tuneloop_command("endpoints", "traffic", "demo", "tuned=most").code == 2
 
 
+def test_traffic_is_mirrored_and_the_mirror_ended(tuneloop_command: Command, api: FakeApi) -> None:
+    api.make_endpoint("demo")
+    ran = tuneloop_command("endpoints", "traffic", "demo", "tuned=100", "--mirror", "next=20")
+    assert ran.out == "Traffic of demo: tuned 100 %\nMirrored: next 20 %\n"
+    assert api.body("POST", "/api/endpoints/demo/mirror") == {"next": 20}
+    assert "mirrored" in tuneloop_command("endpoints", "show", "demo").out
+    api.endpoints["demo"]["mirror"] = {}
+    assert "Mirrored" not in tuneloop_command("endpoints", "traffic", "demo", "tuned=100").out
+    assert tuneloop_command("endpoints", "traffic", "demo", "--mirror", "next=some").code == 2
+    assert tuneloop_command("endpoints", "traffic", "demo").code == 2
+
+
+def test_an_instance_type_is_sent_only_when_it_is_said(tuneloop_command: Command, api: FakeApi) -> None:
+    api.make_endpoint("support")
+    words = ["--endpoint", "support", "--model", "m:1", "--no-wait", "--instance-type", "Standard_NC6s_v3"]
+    assert tuneloop_command("deployments", "create", "blue", *words).code == 0
+    sent = api.body("POST", "/api/endpoints/support/deployments")
+    assert sent["instance_type"] == "Standard_NC6s_v3"
+
+
 def test_the_primary_key_alone_fits_into_a_command_line(tuneloop_command: Command, api: FakeApi) -> None:
     api.make_endpoint("demo")
     assert tuneloop_command("endpoints", "keys", "demo", "--primary").out == "the-token\n"

@@ -67,6 +67,7 @@ from tuneloop.core.types.serving import (
     AzureRecord,
     DeploymentRecord,
     EndpointRecord,
+    Probe,
     ReplicaRecord,
     ServiceRecord,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "Noun",
     "PackageSource",
     "Priority",
+    "Probe",
     "ProcessIdentity",
     "ProgressLine",
     "ReadyFile",

@@ -120,12 +120,16 @@ class RouteReplica(Noun):
 class RouteDeployment(Noun):
     model: str
     request_timeout_seconds: float = 90.0
+    max_concurrent_requests: int | None = None
+    """Of one replica; None: as many as come."""
+    max_queue_wait_seconds: float = 0.5
     replicas: tuple[RouteReplica, ...] = ()
 
 
 class RouteEndpoint(Noun):
     key_hashes: tuple[str, ...]
     traffic: dict[str, int] = {}
+    mirror: dict[str, int] = {}
     deployments: dict[str, RouteDeployment] = {}
 
 
@@ -147,6 +151,9 @@ class RouterFile(Noun):
     """The route table, a `RouteTable`; watched."""
     demand: str
     """Where the router writes a `DemandFile`."""
+    mirrors: str | None = None
+    """The folder for what mirrored requests came to, `ENDPOINT/DEPLOYMENT/mirror.jsonl`; None: it is only
+    counted."""
     hold_seconds: float = 20.0
     """How long a request waits for a replica (never longer than its deployment's timeout)."""
 

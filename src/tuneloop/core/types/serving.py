@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import ClassVar, Literal
 
 from pydantic import JsonValue
 
 from tuneloop.core.states import DeploymentState, EndpointState, ReplicaState, ServiceState
-from tuneloop.core.types.base import ErrorInfo, ProcessIdentity, Record
+from tuneloop.core.types.base import ErrorInfo, Noun, ProcessIdentity, Record
 
 
 class EndpointRecord(Record):
@@ -23,10 +24,26 @@ class EndpointRecord(Record):
     key_generations: dict[str, int] = {"primary": 1, "secondary": 1}
     key_hashes: dict[str, str] = {}
     traffic: dict[str, int] = {}
+    mirror: dict[str, int] = {}
+    """Of the requests that follow the traffic, so many per cent are also sent to this one deployment, whose
+    replies nobody gets."""
 
     @property
     def key(self) -> str:
         return self.name
+
+
+class Probe(Noun):
+    """How long a replica may take until it answers. The defaults are Azure's."""
+
+    initial_delay_seconds: float = 10.0
+    period_seconds: float = 10.0
+    failure_threshold: int = 30
+
+    @property
+    def patience_seconds(self) -> float:
+        """What a probe of every period would have found wrong often enough by then."""
+        return self.initial_delay_seconds + self.period_seconds * self.failure_threshold
 
 
 class DeploymentRecord(Record):
@@ -37,8 +54,20 @@ class DeploymentRecord(Record):
     """`name:version` of a registered model, or `base:NAME` for a base model out of the catalogue's cache."""
     artifact: str
     template_digest: str | None = None
+    description: str = ""
+    tags: dict[str, str] = {}
     replicas: int = 1
+    instance_type: str | None = None
+    """A size of Azure's list that was asked for. Replicas run on this machine all the same."""
     request_timeout_seconds: float = 90.0
+    max_concurrent_requests: int | None = None
+    """Of one replica; None: as many as come."""
+    max_queue_wait_seconds: float = 0.5
+    """Of a request while every replica has as many as it may have."""
+    liveness: Probe | None = None
+    """None: a replica may load for as long as it takes."""
+    environment: dict[str, str] = {}
+    """Variables that its replicas get besides our own."""
     memory_bytes: int = 0
     """What each replica is expected to take, and claims."""
     state: DeploymentState = DeploymentState.CREATING
@@ -80,16 +109,19 @@ class ReplicaRecord(Record):
 
 
 class ServiceRecord(Record):
-    """One of the helper processes that the reconciler keeps alive: `tracker` or `router`."""
+    """One of the helper processes that the reconciler keeps alive: `tracker`, `router`, and `mlflow` while it
+    is asked for."""
 
     kind: ClassVar[str] = "service"
-    name: Literal["tracker", "router"]
+    name: Literal["tracker", "router", "mlflow"]
     state: ServiceState = ServiceState.CLAIMED
     starts: int = 0
     port: int | None = None
     folder: str = ""
     process: ProcessIdentity | None = None
     error: ErrorInfo | None = None
+    asked_at: datetime | None = None
+    """When somebody last needed it; of `mlflow` alone."""
 
     @property
     def key(self) -> str:

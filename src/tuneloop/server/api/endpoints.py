@@ -7,9 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
+from tuneloop.core.errors import UsageError
 from tuneloop.server.api import fields, views
 from tuneloop.server.parts import Parts
-from tuneloop.workspace.endpoints import MAX_REPLICAS, SLOTS
+from tuneloop.server.replica_logs import deployment_log
+from tuneloop.workspace.endpoints import MAX_REPLICAS, SLOTS, Wishes
 
 
 class EndpointBody(BaseModel):
@@ -27,6 +29,7 @@ class DeploymentBody(BaseModel):
     request_timeout_seconds: Annotated[
         float, Field(allow_inf_nan=False, json_schema_extra={"exclusiveMinimum": 0, "maximum": 3600})
     ] = 90.0
+    instance_type: Annotated[str | None, Field(max_length=100)] = None
 
 
 Weight = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": 100})]
@@ -67,6 +70,12 @@ def routes(parts: Parts) -> APIRouter:
         parts.wake()
         return views.endpoint(parts, record)
 
+    @router.post("/endpoints/{name}/mirror")
+    def set_mirror(name: fields.Name, weights: Weights) -> dict[str, Any]:
+        record = parts.endpoints.set_mirror(name, weights)
+        parts.wake()
+        return views.endpoint(parts, record)
+
     @router.get("/endpoints/{name}/keys")
     def keys(name: fields.Name) -> dict[str, str]:
         return parts.endpoints.keys(name)
@@ -84,12 +93,17 @@ def routes(parts: Parts) -> APIRouter:
 
     @router.post("/endpoints/{name}/deployments", status_code=201)
     def deploy(name: fields.Name, body: DeploymentBody) -> dict[str, Any]:
+        if body.instance_type is not None:
+            denied = parts.endpoints.why_not_served_on(body.model, body.instance_type)
+            if denied is not None:
+                raise UsageError(denied)
         record = parts.endpoints.deploy(
             name,
             body.name,
             body.model,
             replicas=body.replicas,
             request_timeout_seconds=body.request_timeout_seconds,
+            wishes=Wishes(instance_type=body.instance_type),
         )
         parts.wake()
         return views.deployment(parts, record)
@@ -107,10 +121,6 @@ def routes(parts: Parts) -> APIRouter:
     @router.get("/endpoints/{name}/deployments/{deployment}/logs")
     def logs(name: fields.Name, deployment: fields.Name, lines: fields.Lines = 100) -> dict[str, str]:
         parts.endpoints.deployment(name, deployment)
-        shown = []
-        for replica in parts.endpoints.replicas(name, deployment):
-            shown.append(f"== replica {replica.number} ({replica.state})")
-            shown.extend(parts.executor.last_lines(parts.files.folder(replica.folder), lines))
-        return {"text": "\n".join(shown)}
+        return {"text": "\n".join(deployment_log(parts, name, deployment, lines))}
 
     return router

@@ -12,14 +12,16 @@ from typing import Any
 from urllib.parse import unquote
 
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tuneloop.core import disk
-from tuneloop.core.callers import is_own_host
+from tuneloop.core.callers import CHECKED, is_own_host
 from tuneloop.core.errors import Internal, TuneloopError
 from tuneloop.server.azure import table
+from tuneloop.server.azure.blobs.errors import BlobError
 from tuneloop.server.azure.bodies import Body
 from tuneloop.server.azure.errors import Refusal, from_ours
 from tuneloop.server.azure.gateway import Gateway
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 BODY_BYTES = 8 * 1024 * 1024
 """Of JSON. What is uploaded is bounded where it is taken in."""
 BODY_SECONDS = 30.0
+DRAINED_BYTES = 8 * BODY_BYTES
 DEEPEST = 64
 PATH_BYTES = 16 * 1024
 HEADERS: Mapping[str, str] = {
@@ -60,6 +63,8 @@ class _Application:
         request_id = str(uuid.uuid4())
         try:
             response = await self._answer(http)
+        except ClientDisconnect:
+            return
         except Exception as error:
             response = _failure(http, error, request_id)
         response.headers["x-ms-request-id"] = request_id
@@ -100,7 +105,7 @@ class _Application:
 
 def _check_caller(http: HttpRequest) -> None:
     """A page in a browser must not speak to us: no Origin is ours, and Host has to be this machine."""
-    for name in ("host", "origin", "authorization"):
+    for name in CHECKED:
         if len(http.headers.getlist(name)) > 1:
             raise Refusal(400, "InvalidHeaderValue", f"The header {name} was sent more than once.")
     host = http.headers.get("host", "")
@@ -111,7 +116,21 @@ def _check_caller(http: HttpRequest) -> None:
         "none",
         "same-origin",
     ):
+        if _follows_a_link(http):
+            return
         raise Refusal(403, "AuthorizationFailed", "Requests from web pages are not answered.")
+
+
+def _follows_a_link(http: HttpRequest) -> bool:
+    """A person who clicks on a job's page in a notebook: the address holds its secret, and no page can read
+    or frame what is answered."""
+    return (
+        http.method == "GET"
+        and http.url.path.startswith("/logs/")
+        and not http.headers.get("origin")
+        and http.headers.get("sec-fetch-mode") == "navigate"
+        and http.headers.get("sec-fetch-dest") == "document"
+    )
 
 
 def _unknown(method: str, path: str, others: Any) -> Refusal:
@@ -145,12 +164,16 @@ async def _read_json(http: HttpRequest) -> Any:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind and kind != "application/json" and not kind.endswith("+json"):
         raise Refusal(415, "UnsupportedMediaType", f"The body is {kind[:100]!r}; only JSON is read here.")
+    if http.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise Refusal(415, "UnsupportedMediaType", "A compressed body is not read; send it as it is.")
     try:
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
     except RecursionError:
         raise _bad("is nested too deeply") from None
     except (UnicodeDecodeError, ValueError) as mistake:
         raise _bad(f"is not JSON: {mistake}") from None
+    if not isinstance(value, dict):
+        raise _bad("is not a JSON object")
     _check_depth(value)
     return value
 
@@ -162,11 +185,15 @@ async def _read(http: HttpRequest) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in http.stream():
                 total += len(piece)
-                if total > BODY_BYTES:
-                    raise Refusal(413, "RequestBodyTooLarge", f"The body is larger than {BODY_BYTES} bytes.")
-                pieces.append(piece)
+                if total <= BODY_BYTES:
+                    pieces.append(piece)
+                elif total > DRAINED_BYTES:
+                    break
     except TimeoutError:
         raise Refusal(408, "RequestTimeout", f"The body did not arrive within {BODY_SECONDS:g} s.") from None
+    # Some more was read and thrown away: who still sends when a connection is closed sees no answer.
+    if total > BODY_BYTES:
+        raise Refusal(413, "RequestBodyTooLarge", f"The body is larger than {BODY_BYTES} bytes.")
     return b"".join(pieces)
 
 
@@ -238,6 +265,8 @@ def _failure(http: HttpRequest, error: Exception, request_id: str) -> Response:
     if refusal.status in (408, 413):
         # The rest of the body is not read: the connection cannot be used again.
         headers["connection"] = "close"
+    if http.url.path.lower().startswith("/blob/"):
+        return BlobError(refusal.status, refusal.code, refusal.message, headers=headers).response()
     return Response(
         json.dumps(refusal.to_json()), refusal.status, headers=headers, media_type="application/json"
     )

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -41,10 +42,9 @@ class Certificates:
         """Make what is missing, or ends soon. A new authority makes everything anew."""
         self._folder.mkdir(parents=True, exist_ok=True)
         os.chmod(self._folder, 0o700)
-        if not _lasts(self.authority, RENEW_DAYS + LEAF_DAYS) or not self.authority_key.is_file():
+        if not _is_good(self.authority, self.authority_key, RENEW_DAYS + LEAF_DAYS, self.authority):
             self._make_authority()
-            self.certificate.unlink(missing_ok=True)
-        if not _lasts(self.certificate, RENEW_DAYS) or not self.key.is_file():
+        if not _is_good(self.certificate, self.key, RENEW_DAYS, self.authority):
             self._make_leaf()
         self._bundle()
 
@@ -145,10 +145,14 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     write_atomically(path, text.decode(), private=True)
 
 
-def _lasts(path: Path, days: int) -> bool:
-    """Whether there is a certificate that is valid for so many days more."""
+def _is_good(path: Path, key: Path, days: int, issuer: Path) -> bool:
+    """Whether there is a certificate of `issuer` that is valid for so many days more, and its key: a process
+    may have ended between the writing of the two."""
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError):
+        found.verify_directly_issued_by(x509.load_pem_x509_certificate(issuer.read_bytes()))
+        own = serialization.load_pem_private_key(key.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError, InvalidSignature):
         return False
-    return found.not_valid_after_utc > datetime.now(UTC) + timedelta(days=days)
+    lasts = found.not_valid_after_utc > datetime.now(UTC) + timedelta(days=days)
+    return lasts and found.public_key() == own.public_key()

@@ -34,6 +34,8 @@ ARM, ML = "arm", "ml"
 """Whom a token must be for: the resource manager, or Azure ML's own services (either is taken there)."""
 OPEN = "open"
 """No token: the address is public, or carries a secret of its own."""
+ANY = "*"
+"""Every method: of what is refused whatever is asked."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Table:
         others = []
         for one in self.operations:
             found = one.regex.fullmatch(path)
-            if found and one.method == method:
+            if found and one.method in (method, ANY):
                 return one, found.groupdict()
             if found:
                 others.append(one.method)

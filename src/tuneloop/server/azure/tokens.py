@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import jwt
@@ -31,8 +31,11 @@ class Caller:
 
 
 class Tokens:
-    def __init__(self, secret: bytes, home_id: str, base_url: str) -> None:
+    def __init__(
+        self, secret: bytes, home_id: str, base_url: str, clock: Callable[[], float] = time.time
+    ) -> None:
         """`secret` is the home's; the key of these tokens is derived from it and signs nothing else."""
+        self._clock = clock
         self._key = hmac.new(secret, b"azure gateway tokens", hashlib.sha256).digest()
         self._home_id = home_id
         self._base_url = base_url.rstrip("/")
@@ -56,7 +59,7 @@ class Tokens:
                 "invalid_resource",
                 f"There are no tokens for {audience!r} here; there are for: {', '.join(self.known())}.",
             )
-        now = int(time.time())
+        now = int(self._clock())
         claims = {
             "iss": f"{self._base_url}/",
             "aud": audience,
@@ -77,14 +80,27 @@ class Tokens:
                 token,
                 self._key,
                 algorithms=["HS256"],
-                options={"verify_aud": False, "require": ["exp", "aud", "sub"]},
+                # Times are compared below, by our clock; the audience, too.
+                options={
+                    "verify_aud": False,
+                    "verify_exp": False,
+                    "verify_nbf": False,
+                    "verify_iat": False,
+                    "require": ["exp", "nbf", "aud", "sub", "tid"],
+                },
             )
-        except jwt.ExpiredSignatureError:
-            raise _refused("ExpiredAuthenticationToken", "The access token has expired.") from None
         except jwt.InvalidTokenError as error:
             raise _refused(
                 "InvalidAuthenticationToken", f"The access token is not one of this home: {error}."
             ) from None
+        if claims["tid"] != self._home_id:
+            # A copied home has the secret of the first one.
+            raise _refused("InvalidAuthenticationTokenTenant", "The access token is one of another home.")
+        if not claims["nbf"] <= self._clock() < claims["exp"]:
+            raise _refused(
+                "ExpiredAuthenticationToken",
+                f"The access token has expired: it is valid for {LIFETIME_SECONDS} s. Ask for a new one.",
+            )
         audience = str(claims["aud"])
         if _plain(audience) not in audiences:
             raise _refused(
@@ -92,6 +108,13 @@ class Tokens:
                 f"The access token is for {audience!r}; expected one of: {', '.join(audiences)}.",
             )
         return Caller(str(claims["sub"]), audience)
+
+    def verify_user(self, header: str | None) -> Caller | None:
+        """Who `x-azureml-token` speaks for: with it the SDK hands a job its submitter's token for Azure ML.
+        None without it; raises `Refusal` (401) for one that is wrong, expired or for another service."""
+        if header is None:
+            return None
+        return self.verify(header.strip(), (ML_AUDIENCE,))
 
 
 def _plain(audience: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tuneloop.server.azure.errors import not_found
 from tuneloop.server.azure.gateway import LOCATION, REGISTRY, Gateway
 from tuneloop.server.azure.routing import OPEN, Answer, Request, Routes
+from tuneloop.server.azure.tracking import tracking_uri
 
 routes = Routes()
 
@@ -40,6 +42,27 @@ def discover_services(gateway: Gateway, request: Request) -> Answer:
     )
 
 
+_WORKSPACES = "/providers/Microsoft.MachineLearningServices/workspaces"
+_USUAL = {"group": "tuneloop", "workspace": "local"}
+"""What `config.json` calls them."""
+
+
+@routes.add("GET", "/subscriptions/{subscription}/resourceGroups/{group}" + _WORKSPACES)
+def list_workspaces(gateway: Gateway, request: Request) -> Answer:
+    """The one workspace, of a resource group"""
+    return Answer({"value": [_usual_view(gateway, request)]})
+
+
+@routes.add("GET", "/subscriptions/{subscription}" + _WORKSPACES)
+def list_all_workspaces(gateway: Gateway, request: Request) -> Answer:
+    """The one workspace, of a subscription"""
+    return Answer({"value": [_usual_view(gateway, request)]})
+
+
+def _usual_view(gateway: Gateway, request: Request) -> dict[str, Any]:
+    return workspace_view(gateway, replace(request, params={**_USUAL, **request.params}))
+
+
 @routes.add("GET", "{ws}")
 def get_workspace(gateway: Gateway, request: Request) -> Answer:
     """One workspace: this home, whatever it is called"""
@@ -61,6 +84,7 @@ def workspace_view(gateway: Gateway, request: Request) -> dict[str, Any]:
             "friendlyName": request["workspace"],
             "description": f"Tuneloop on this machine: {gateway.parts.home}",
             "discoveryUrl": f"{gateway.base_url}/discovery",
+            "mlFlowTrackingUri": tracking_uri(gateway, request.workspace_id),
             "provisioningState": "Succeeded",
             "publicNetworkAccess": "Disabled",
         },

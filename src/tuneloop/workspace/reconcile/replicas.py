@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 
 MODULE = "tuneloop.serving.replica"
 ROUTES = "services/router"
+MIRRORS = "services/router/mirrors"
+VANISHED, TOO_SLOW = "replica_vanished", "replica_too_slow"
+"""Of a replica that may do better at the next try; any other error is a refusal to serve."""
 OPEN = tuple(state for state in ReplicaState if state not in REPLICA_ENDED)
 WANTED = (ReplicaState.CLAIMED, ReplicaState.STARTING, ReplicaState.READY)
 
@@ -67,6 +70,8 @@ class Serving:
         self._stopper = Stopper(executor, clock, limits.stop_grace_seconds)
         self._routes: str | None = None
         self._crashed: dict[str, float] = {}
+        self._loading: dict[str, float] = {}
+        """Replicas that have not answered yet, and since when this server has waited for them."""
 
     def tick(self) -> None:
         for deployment in self._store.list(DeploymentRecord):
@@ -80,6 +85,7 @@ class Serving:
             if not self._store.list(DeploymentRecord, parent=endpoint.key):
                 self._store.delete(endpoint)
                 self._files.remove(self._files.folder(f"replicas/{endpoint.name}"))
+                self._files.remove(self._files.folder(f"{MIRRORS}/{endpoint.name}"))
                 self._note(endpoint.name, "deleted")
         self._write_routes()
 
@@ -136,7 +142,7 @@ class Serving:
     def _after_crash(self, deployment: DeploymentRecord, replica: ReplicaRecord) -> DeploymentRecord:
         self._crashed[deployment.key] = self._clock.monotonic()
         crashes = deployment.crashes + (replica.address is None)
-        has_refused = replica.error is not None and replica.error.code != "replica_vanished"
+        has_refused = replica.error is not None and replica.error.code not in (VANISHED, TOO_SLOW)
         changes: dict[str, object] = {"crashes": crashes, "error": replica.error}
         if has_refused or crashes >= self._limits.max_crashes:
             changes["state"] = DeploymentState.FAILED
@@ -185,6 +191,7 @@ class Serving:
             self._remove(replica)
         self._store.delete(deployment)
         self._files.remove(self._files.folder(f"replicas/{deployment.key}"))
+        self._files.remove(self._files.folder(f"{MIRRORS}/{deployment.key}"))
         self._note(deployment.endpoint, "deployment deleted", deployment=deployment.name)
 
     def _stop_surplus(self, alive: list[ReplicaRecord], wanted: int) -> None:
@@ -204,9 +211,10 @@ class Serving:
             return replica
         if status == "ended":
             return self._lost(replica, folder)
-        if status == "running" and replica.state is not ReplicaState.READY:
-            return self._progress(replica, folder)
-        return replica
+        if replica.state is ReplicaState.READY:
+            return replica
+        moved = self._progress(replica, folder) if status == "running" else replica
+        return moved if moved.state is ReplicaState.READY else self._within_patience(moved, folder)
 
     def _start(self, replica: ReplicaRecord, folder: Path) -> None:
         deployment = self._store.get(DeploymentRecord, replica.parent)
@@ -223,22 +231,46 @@ class Serving:
                 request_timeout_seconds=deployment.request_timeout_seconds,
             )
             self._files.write_json(folder / "replica.json", spec.model_dump_json(), private=True)
-        self._executor.ensure(self._owner(replica), folder, MODULE, {"HF_HUB_OFFLINE": "1"})
+        environment = {**deployment.environment, "HF_HUB_OFFLINE": "1"}
+        self._executor.ensure(self._owner(replica), folder, MODULE, environment)
 
     def _progress(self, replica: ReplicaRecord, folder: Path) -> ReplicaRecord:
         identity = self._executor.identity(folder)
         ready = read_ready(folder)
         if ready is not None:
+            self._loading.pop(replica.key, None)
             self._note(replica.endpoint, "replica ready", replica=replica.key)
             return self._move_replica(replica, ReplicaState.READY, address=ready.address, process=identity)
         if replica.state is ReplicaState.CLAIMED:
             return self._move_replica(replica, ReplicaState.STARTING, process=identity)
         return replica
 
+    def _within_patience(self, replica: ReplicaRecord, folder: Path) -> ReplicaRecord:
+        """As it is, unless its liveness probe gives up on it."""
+        probe = self._store.get(DeploymentRecord, replica.parent).liveness
+        began = self._loading.setdefault(replica.key, self._clock.monotonic())
+        if probe is None or self._clock.monotonic() - began < probe.patience_seconds:
+            return replica
+        self._executor.stop(self._owner(replica), folder, kill=True)
+        error = ErrorInfo(
+            code=TOO_SLOW,
+            message=(
+                f"Replica {replica.key} did not answer within {probe.patience_seconds:g} s, which is what "
+                f"its liveness probe allows: initial_delay {probe.initial_delay_seconds:g} s and "
+                f"{probe.failure_threshold} failures, one every {probe.period_seconds:g} s."
+            ),
+            next="Give the model longer: raise the probe's initial_delay.",
+            details={"last_lines": "\n".join(self._executor.last_lines(folder))},
+        )
+        self._loading.pop(replica.key, None)
+        self._note(replica.endpoint, "replica too slow", replica=replica.key)
+        return self._move_replica(replica, ReplicaState.FAILED, error=error)
+
     def _lost(self, replica: ReplicaRecord, folder: Path) -> ReplicaRecord:
         self._executor.stop(self._owner(replica), folder, kill=True)
+        self._loading.pop(replica.key, None)
         error = read_error(folder) or ErrorInfo(
-            code="replica_vanished",
+            code=VANISHED,
             message=f"The process of replica {replica.key} ended by itself.",
             next=f"Look at: tuneloop deployments logs {replica.deployment} --endpoint {replica.endpoint}",
             details={"last_lines": "\n".join(self._executor.last_lines(folder))},
@@ -262,13 +294,15 @@ class Serving:
         self._move_replica(replica, ReplicaState.STOPPED)
 
     def _remove(self, replica: ReplicaRecord) -> None:
+        self._loading.pop(replica.key, None)
         self._store.delete(replica)
         self._files.remove(self._folder(replica))
 
     # ------------------------------------------------------------ routes
 
     def _write_routes(self) -> None:
-        text = self.route_table().model_dump_json()
+        # Without what is at its default: a router that an older version left running knows no newer fields.
+        text = self.route_table().model_dump_json(exclude_defaults=True)
         if text != self._routes:
             self._files.write_json(self._files.folder(ROUTES) / "routes.json", text)
             self._routes = text
@@ -289,6 +323,8 @@ class Serving:
                 deployments.setdefault(deployment.endpoint, {})[deployment.name] = RouteDeployment(
                     model=deployment.model,
                     request_timeout_seconds=deployment.request_timeout_seconds,
+                    max_concurrent_requests=deployment.max_concurrent_requests,
+                    max_queue_wait_seconds=deployment.max_queue_wait_seconds,
                     replicas=tuple(ready.get(deployment.key, ())),
                 )
         return RouteTable(
@@ -296,6 +332,7 @@ class Serving:
                 endpoint.name: RouteEndpoint(
                     key_hashes=tuple(endpoint.key_hashes.values()),
                     traffic=endpoint.traffic,
+                    mirror=endpoint.mirror,
                     deployments=deployments.get(endpoint.name, {}),
                 )
                 for endpoint in self._store.list(EndpointRecord, states=[EndpointState.READY])

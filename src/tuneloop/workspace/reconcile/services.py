@@ -1,10 +1,12 @@
-"""The helper processes: one tracker while there is a server, one router while there are endpoints."""
+"""The helper processes: one tracker while there is a server, one router while there are endpoints, and one
+that speaks MLflow's API while somebody asks for it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import secrets
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -14,14 +16,20 @@ from tuneloop.core.ports import Clock, Executor, Files, Store
 from tuneloop.core.states import SERVICE_MOVES, ServiceState, check_move
 from tuneloop.core.types import EndpointRecord, Event, ServiceRecord
 from tuneloop.workspace.reconcile.limits import backoff_seconds
-from tuneloop.workspace.reconcile.replicas import ROUTES
+from tuneloop.workspace.reconcile.replicas import MIRRORS, ROUTES
 from tuneloop.workspace.reconcile.reports import read_error, read_ready
 from tuneloop.workspace.reconcile.stopping import Stopper
 
 log = logging.getLogger(__name__)
 
-ServiceName = Literal["tracker", "router"]
-MODULES: dict[ServiceName, str] = {"tracker": "tuneloop.daemon", "router": "tuneloop.serving.router"}
+ServiceName = Literal["tracker", "router", "mlflow"]
+MODULES: dict[ServiceName, str] = {
+    "tracker": "tuneloop.daemon",
+    "router": "tuneloop.serving.router",
+    "mlflow": "tuneloop.daemon",
+}
+UNASKED_SECONDS = 600.0
+"""So long after it was last asked for, `mlflow` ends: it holds some 250 MB."""
 HEALTHY_SECONDS = 60.0
 """A service that ran this long has not failed to start: the next start is tried at once."""
 KEPT_FOLDERS = 3
@@ -51,6 +59,7 @@ class Services:
         has_endpoints = bool(self._store.list(EndpointRecord, limit=1))
         self._keep("tracker", wanted=True)
         self._keep("router", wanted=has_endpoints)
+        self._keep("mlflow", wanted=self._is_asked_for())
 
     def is_busy(self) -> bool:
         return bool(self._store.list(ServiceRecord, states=[ServiceState.CLAIMED], limit=1))
@@ -65,6 +74,12 @@ class Services:
             else:
                 done &= self._stop(record)
         return done
+
+    def _is_asked_for(self) -> bool:
+        record = self._store.find(ServiceRecord, "mlflow")
+        if record is None or record.asked_at is None:
+            return False
+        return (self._clock.now() - record.asked_at).total_seconds() < UNASKED_SECONDS
 
     def _keep(self, name: ServiceName, *, wanted: bool) -> None:
         try:
@@ -134,17 +149,25 @@ class Services:
 
     def _ensure(self, record: ServiceRecord) -> None:
         folder = self._folder(record)
-        self._files.write_json(folder / f"{record.name}.json", json.dumps(self._spec(record)))
+        spec = folder / f"{record.name}.json"
+        # Its token is another one each time: what the process may have read already stands.
+        if record.name != "mlflow" or not spec.exists():
+            self._files.write_json(spec, json.dumps(self._spec(record)), private=True)
         self._executor.ensure(self._owner(record), folder, MODULES[record.name], {})
 
     def _spec(self, record: ServiceRecord) -> dict[str, str | int]:
         if record.name == "tracker":
             return {"owner": self._owner(record), "home": str(self._files.folder("."))}
+        if record.name == "mlflow":
+            # Every other program of this machine can reach its port.
+            token = secrets.token_urlsafe(32)
+            return {"owner": self._owner(record), "home": str(self._files.folder(".")), "token": token}
         return {
             "owner": self._owner(record),
             "port": record.port or self._router_port,
             "routes": str(self._files.folder(ROUTES) / "routes.json"),
             "demand": str(self._files.folder(ROUTES) / "demand.json"),
+            "mirrors": str(self._files.folder(MIRRORS)),
         }
 
     def _forget(self, name: ServiceName, starts: int) -> None:
