@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -124,6 +124,7 @@ class FakeTrackingServer:
             known = self.models.setdefault(name, [])
             for one in known:
                 if (one.entry.version, one.entry.digest) == (version, digest):
+                    one.entry = replace(one.entry, description=description, tags={**one.entry.tags, **tags})
                     return one.entry.number
             if name in self.travelling:
                 raise UnderWay("is uploaded to MLflow: 1 of 2 MB")

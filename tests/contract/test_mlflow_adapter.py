@@ -333,6 +333,18 @@ def test_model_entries_tell_everything_back(subject: Subject, here: str, tmp_pat
     assert entry.tags["team"] == "blue"
 
 
+def test_a_model_version_that_is_there_gets_other_words(subject: Subject, here: str, tmp_path: Path) -> None:
+    source = artifact(tmp_path)
+    number = register(subject, here, "v1", source, team="blue", theirs="yes")
+    tags = {"tuneloop.version": "v1", "tuneloop.digest": DIGEST, "team": "red", "new": "1"}
+    again = subject.server.ensure_model_version(
+        here, "v1", DIGEST, source=source, run_id=None, tags=tags, description="Another."
+    )
+    (entry,) = [entry for entry in subject.server.model_entries() if entry.name == here]
+    assert (again, entry.number, entry.description) == (number, number, "Another.")
+    assert dict(entry.tags) == {**tags, "theirs": "yes"}
+
+
 def test_a_model_version_leads_to_its_run(subject: Subject, here: str, tmp_path: Path) -> None:
     run_id = new_run(subject, here)
     tags = {"tuneloop.version": "1", "tuneloop.digest": DIGEST}

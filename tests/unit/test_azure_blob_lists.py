@@ -6,8 +6,11 @@ import base64
 import hashlib
 import os
 import random
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 from xml.etree import ElementTree
 
@@ -75,6 +78,29 @@ def test_a_list_sent_again_after_its_answer_was_lost_is_answered_again(service: 
     assert (again.status_code, again.headers["etag"]) == (201, first.headers["etag"])
     other = put_list(service, "x", (1, 1), token)
     refusal(other, 400, "InvalidBlockList")
+
+
+def test_a_list_sent_again_while_it_is_being_done_waits_for_the_first(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the SDK does after 60 s without an answer."""
+    token = service.sas()
+    put_block(service, "x", 1, b"1", token)
+    begun, real = threading.Event(), staging.Staging.put_together
+
+    def slow(*given: Any) -> None:
+        begun.set()
+        time.sleep(0.2)
+        real(*given)
+
+    monkeypatch.setattr(staging.Staging, "put_together", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(put_list, service, "x", (1,), token, **{"if-none-match": "*"})
+        begun.wait(5)
+        second = pool.submit(put_list, service, "x", (1,), token, **{"if-none-match": "*"})
+        assert (first.result().status_code, second.result().status_code) == (201, 201)
+    refusal(put_list(service, "x", (1,), service.sas()), 400, "InvalidBlockList")
+    assert service.get("x").content == b"1"
 
 
 def test_two_uploads_of_one_blob_at_once_share_no_blocks(service: Service) -> None:

@@ -274,7 +274,7 @@ def test_a_full_disk_is_said_as_such(service: Service, monkeypatch: pytest.Monke
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(reading.os, "write", full)
+    monkeypatch.setattr(reading.os, "writev", full)
     assert "Disk full" in refusal(service.put("x", b"1"), 413, "InsufficientStorage")
     assert service.left() == []
 
@@ -296,6 +296,25 @@ def test_an_upload_that_falls_silent_is_given_up(service: Service, monkeypatch: 
     assert (sent[0]["status"], headers[b"connection"]) == (408, b"close")
     assert headers[b"x-ms-error-code"] == b"OperationTimedOut"
     assert service.left() == []
+
+
+def test_a_body_that_drips_in_is_written_piece_by_piece_and_whole(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the disk takes only a part of what is written at once."""
+    most, real = [], os.writev
+
+    def partly(file: int, views: list[memoryview]) -> int:
+        most.append(len(views))
+        return real(file, [views[0][: max(1, len(views[0]) // 2)]])
+
+    monkeypatch.setattr(reading.os, "writev", partly)
+    content = [bytes([number % 256]) * (number % 5 + 1) for number in range(1000)]
+    sent: list[Any] = []
+    asyncio.run(run_raw(service, "x", sum(map(len, content)), pieces(content), sent))
+    assert sent[0]["status"] == 201
+    assert max(most) == reading.BATCH_PIECES
+    assert service.get("x").content == b"".join(content)
 
 
 def test_a_body_longer_than_it_was_said_is_refused(service: Service) -> None:

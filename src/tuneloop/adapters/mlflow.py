@@ -179,6 +179,7 @@ class MlflowServer:
         with self._client() as client:
             found = self._find_version(client, name, version, digest)
             if found is not None:
+                _describe_again(client, found, tags, description)
                 return int(found.version)
             if self._is_elsewhere:
                 run_id, place = self._place_elsewhere(client, name, version, digest, run_id)
@@ -292,6 +293,17 @@ class MlflowServer:
         except Exception as error:  # whatever it is, MLflow cannot be had now
             first_line = without_password(str(error).strip().split("\n", 1)[0])
             raise Unavailable(f"{self.place or self._tracking_uri} cannot be opened: {first_line}") from error
+
+
+def _describe_again(
+    client: MlflowClient, there: ModelVersion, tags: Mapping[str, str], description: str
+) -> None:
+    """What differs. No tag is taken away: a person may have put it there."""
+    for name, value in tags.items():
+        if there.tags.get(name) != value:
+            client.set_model_version_tag(there.name, there.version, name, value)
+    if (there.description or "") != description:
+        client.update_model_version(there.name, there.version, description)
 
 
 def _runs_with(client: MlflowClient, experiment: str, tag: str, value: str) -> list[Run]:

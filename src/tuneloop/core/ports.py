@@ -199,7 +199,8 @@ class TrackingServer(Protocol):
         tags: Mapping[str, str],
         description: str,
     ) -> int:
-        """Their number for it. Raises `UnderWay` while its bytes travel."""
+        """Their number for it. One that is there already gets this description, and these tags beside its
+        own. Raises `UnderWay` while its bytes travel."""
 
     def delete_model_version(self, name: str, version: str, digest: str, *, run_id: str | None) -> None:
         """And the model's name, when that was its last version. What is gone already is no error. `run_id` as

@@ -139,7 +139,8 @@ class Models:
             )
 
     def describe(self, name: str, version: str, *, description: str, tags: Mapping[str, str]) -> ModelRecord:
-        """Other words for the same files; the tracker carries them to MLflow."""
+        """Other words for the same files; the tracker carries them to MLflow, where a tag that is left out
+        stays."""
         with self._store.transaction():
             record = self.get(name, version)
             if record.state is ModelState.DELETING:

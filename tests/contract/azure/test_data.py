@@ -50,8 +50,8 @@ def test_a_local_file_becomes_a_data_asset_with_and_without_a_version(azure: Azu
     found = sdk.run(
         f"""
         told = dict(name={name!r}, path={str(path)!r}, type="uri_file")
-        named = ml.data.create_or_update(Data(**told, version="2026-07", description="Rows", tags={{"a": "b"}},
-                                              properties={{"p": "q"}}))
+        said = dict(description="Rows", tags={{"a": "b"}}, properties={{"p": "q"}})
+        named = ml.data.create_or_update(Data(**told, **said, version="2026-07"))
         first = ml.data.create_or_update(Data(**told))
         second = ml.data.create_or_update(Data(**told))
         got = ml.data.get({name!r}, version="2026-07")
@@ -82,8 +82,8 @@ def test_a_local_folder_becomes_one_and_its_files_arrive(azure: AzureWorld, sdk:
     (folder / "deeper").mkdir(parents=True)
     (folder / "one.jsonl").write_text("1")
     (folder / "deeper" / "two words.jsonl").write_text("2")
-    code = f"result = ml.data.create_or_update(Data(name={name!r}, path={str(folder)!r}, type='uri_folder')).path"
-    uri = sdk.run(code).ok()
+    asset = f"Data(name={name!r}, path={str(folder)!r}, type='uri_folder')"
+    uri = sdk.run(f"result = ml.data.create_or_update({asset}).path").ok()
     stored = azure.azure_folder / "blobs" / "files" / uri.partition("/paths/")[2]
     assert {one.relative_to(stored).as_posix(): one.read_text() for one in stored.rglob("*.jsonl")} == {
         "one.jsonl": "1",
@@ -93,7 +93,8 @@ def test_a_local_folder_becomes_one_and_its_files_arrive(azure: AzureWorld, sdk:
 
 def test_a_data_asset_may_name_what_is_uploaded_already(uploaded: str, sdk: Sdk) -> None:
     name = f"data-address-{sdk.which}"
-    code = f"result = ml.data.create_or_update(Data(name={name!r}, version='1', type='uri_file', path={{!r}})).path"
+    asset = f"Data(name={name!r}, version='1', type='uri_file', path={{!r}})"
+    code = f"result = ml.data.create_or_update({asset}).path"
     short = f"{PATHS}/{uploaded}"
     made = sdk.run(code.format(short)).ok()
     assert made.endswith(f"/datastores/workspaceblobstore/paths/{uploaded}")
@@ -107,8 +108,8 @@ def test_data_assets_are_archived_and_restored(uploaded: str, sdk: Sdk) -> None:
         f"""
         from azure.ai.ml.constants import ListViewType
         for version in ("1", "2"):
-            ml.data.create_or_update(Data(name={name!r}, version=version, type="uri_file", tags={{"t": version}},
-                                          path="{PATHS}/{uploaded}"))
+            ml.data.create_or_update(Data(name={name!r}, version=version, type="uri_file",
+                                          tags={{"t": version}}, path="{PATHS}/{uploaded}"))
         def listed(view=ListViewType.ACTIVE_ONLY):
             return [one.version for one in ml.data.list({name!r}, list_view_type=view)]
         def there():

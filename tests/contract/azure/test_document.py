@@ -51,6 +51,7 @@ def walked(azure: AzureWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.verbs(
+    "from_config",
     "models.get",
     "compute.get",
     "compute.begin_create_or_update",
@@ -124,6 +125,7 @@ def test_nothing_is_left_of_its_endpoint(azure: AzureWorld, walked: dict[str, An
     assert not [owner for owner in azure.processes() if walked["endpoint"] in owner]
 
 
+@pytest.mark.slow
 def test_it_runs_with_placeholders_a_service_principal_and_a_year_old_sdk(
     azure: AzureWorld, walked: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -35,13 +35,13 @@ def targets(error: dict[str, Any]) -> set[str]:
 
 def test_every_mistake_of_a_call_reaches_the_script_at_once(sdk: Sdk) -> None:
     error = try_to_submit(
-        sdk, "wrong", learning_rate="fast", max_seq_length=100_000, compute_finetune="gpu-clustr", seed=-1
+        sdk, "wrong", learning_rate="fast", max_seq_length=100_000, compute_finetune="nowhere", seed=-1
     ).failed()
     assert (error["type"], error["status"]) == ("HttpResponseError", 400)
     for told in (
         "inputs.learning_rate is 'fast', expected a number.",
         "inputs.seed is '-1', must be 0 or more.",
-        "inputs.compute_finetune is 'gpu-clustr', which is no compute of the workspace. There is: ",
+        "inputs.compute_finetune is 'nowhere', which is no compute of the workspace.",
     ):
         assert told in error["message"], error["message"]
 

@@ -144,8 +144,8 @@ def test_a_local_mlflow_model_is_uploaded_and_can_be_served(
 
 def test_a_local_hugging_face_model_can_be_served(azure: AzureWorld, sdk: Sdk) -> None:
     name = f"models-hf-{sdk.which}"
-    code = f"made = ml.models.create_or_update(Model(name={name!r}, path={str(azure.model)!r}, type='custom_model'))"
-    properties = sdk.run(code + "\nresult = made.properties").ok()
+    model = f"Model(name={name!r}, path={str(azure.model)!r}, type='custom_model')"
+    properties = sdk.run(f"result = ml.models.create_or_update({model}).properties").ok()
     assert "tuneloop.not_served" not in properties
     assert files_in(artifact(azure, azure.client.model(name))) == files_in(azure.model)
 
@@ -165,7 +165,7 @@ def test_other_files_are_kept_and_say_that_they_cannot_be_served(
         made = ml.models.create_or_update(Model(name={name!r}, path={str(folder)!r}, stage="Production"))
         file = ml.models.create_or_update(Model(name={name!r}, path={str(single)!r}))
         for one in (made, file):
-            ml.models.download({name!r}, version=one.version, download_path={str(tmp_path)!r} + "/" + one.version)
+            ml.models.download({name!r}, one.version, download_path={str(tmp_path)!r} + "/" + one.version)
         result = [made.version, file.version, made.type, made.stage, made.properties["tuneloop.not_served"]]
         """
     ).ok()
@@ -179,7 +179,7 @@ def test_other_files_are_kept_and_say_that_they_cannot_be_served(
         ml.online_endpoints.begin_create_or_update(ManagedOnlineEndpoint(name="files-{sdk.which}")).wait()
         try:
             ml.online_deployments.begin_create_or_update(ManagedOnlineDeployment(
-                name="no", endpoint_name="files-{sdk.which}", model="azureml:{name}:1",
+                name="none", endpoint_name="files-{sdk.which}", model="azureml:{name}:1",
                 instance_type="Standard_NC6s_v3", instance_count=1)).result()
         finally:
             ml.online_endpoints.begin_delete("files-{sdk.which}").wait()
@@ -192,7 +192,8 @@ def test_other_files_are_kept_and_say_that_they_cannot_be_served(
 def test_an_mlflow_model_needs_its_file(azure: AzureWorld, sdk: Sdk, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x").write_text("x")
-    code = f"ml.models.create_or_update(Model(name='models-bad', path={str(tmp_path / 'folder')!r}, type={{!r}}))"
+    model = f"Model(name='models-bad', path={str(tmp_path / 'folder')!r}, type={{!r}})"
+    code = f"ml.models.create_or_update({model})"
     error = sdk.run(code.format("mlflow_model")).failed()
     assert (error["status"], error["code"], error["target"]) == (400, "InvalidInput", "properties.modelType")
     assert "MLmodel" in error["message"]

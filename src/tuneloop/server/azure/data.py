@@ -29,7 +29,7 @@ routes = Routes()
 KINDS = {"uri_file": "file", "uri_folder": "folder"}
 _WHY_NO_TABLE = (
     "is 'mltable': tables that are computed when they are read are not there. Rows are read from files of "
-    "JSON Lines, JSON, CSV, TSV or Parquet: make a uri_file of one."
+    "JSON Lines, JSON, CSV, TSV or Parquet: name one as a uri_file."
 )
 
 

@@ -161,6 +161,6 @@ class _Reader:
         self._text += text
 
 
-def digest_of_list(ids: Sequence[bytes]) -> str:
-    """What tells whether a list was put together already."""
-    return hashlib.sha256(b"\n".join(one.hex().encode() for one in ids)).hexdigest()
+def digest_of_list(ids: Sequence[bytes], upload: str) -> str:
+    """What tells whether a list of an upload was put together already."""
+    return hashlib.sha256("\n".join([upload, *(one.hex() for one in ids)]).encode()).hexdigest()

@@ -319,7 +319,7 @@ async def _put_block_list(call: Call) -> Response:
     grant = call.grant("wc")
     parts = call.parts()
     ids = listing.read_block_list(await _small_body(call.http))
-    facts = replace(_facts(call.http), block_list=listing.digest_of_list(ids))
+    facts = replace(_facts(call.http), block_list=listing.digest_of_list(ids, _staging(call, grant).key))
     check = _check(call.http, grant)
     return answers.written(await run_in_threadpool(_put_together, call, grant, parts, ids, facts, check))
 
@@ -334,19 +334,21 @@ def _put_together(
 ) -> Blob:
     store = _store(call.gateway)
     staged = _staging(call, grant)
-    before = store.find(call.blob, parts)
-    check(before)
-    # The answer to the same list may have been lost: its blocks are gone then, and the blob is there.
-    if before is not None and ids and before.facts.block_list == facts.block_list and not staged.blocks():
-        return before
-    part = store.part()
-    try:
-        staged.put_together(ids, part, MOST_BYTES)
-        made = store.commit(call.blob, parts, part, facts, check)
-    finally:
-        part.unlink(missing_ok=True)
-    staged.clear()
-    return made
+    # A client that waits no longer sends the list again while the first is being done: the second waits.
+    with call.gateway.lock(f"blocks/{staged.key[:2]}"):
+        before = store.find(call.blob, parts)
+        # The answer to the same list was lost: its blocks are gone, and the blob is there.
+        if before is not None and before.facts.block_list == facts.block_list and not staged.blocks():
+            return before
+        check(before)
+        part = store.part()
+        try:
+            staged.put_together(ids, part, MOST_BYTES)
+            made = store.commit(call.blob, parts, part, facts, check)
+        finally:
+            part.unlink(missing_ok=True)
+        staged.clear()
+        return made
 
 
 async def _put_metadata(call: Call) -> Response:

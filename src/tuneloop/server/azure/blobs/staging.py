@@ -45,12 +45,13 @@ class Staging:
 
     def __init__(self, folder: Path, ensure: Callable[[str], Path], name: str, signature: str) -> None:
         key = hashlib.sha256(f"{len(name)}:{name}{signature}".encode("utf-8", "surrogateescape")).hexdigest()
-        self._folder = folder / "blocks" / key[:40]
+        self.key = key[:40]
+        self._folder = folder / "blocks" / self.key
         self._ensure = ensure
 
     def add(self, block_id: bytes, written: Path) -> None:
         """`written` becomes the block, in the place of another one with its id."""
-        folder = self._ensure(f"blocks/{self._folder.name}")
+        folder = self._ensure(f"blocks/{self.key}")
         os.replace(written, folder / block_id.hex())
 
     def blocks(self) -> list[Block]:
