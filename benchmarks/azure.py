@@ -162,8 +162,9 @@ def _cpu(process: psutil.Process) -> float:
 
 def _tell(what: str, found: list[float], unit: str, goal: float | None) -> None:
     scale, shown = (1000, "ms") if max(found) < 0.1 else (1, unit)
-    told = f"{what}: {statistics.median(found) * scale:.1f} {shown}"
-    told += f" ({min(found) * scale:.1f} to {max(found) * scale:.1f}, {len(found)} repeats)"
+    places = 2 if scale == 1 and max(found) < 1 else 1
+    told = f"{what}: {statistics.median(found) * scale:.{places}f} {shown}"
+    told += f" ({min(found) * scale:.{places}f} to {max(found) * scale:.{places}f}, {len(found)} repeats)"
     print(told + ("" if goal is None else f"; goal {goal * scale:g} {shown}"), flush=True)
 
 
