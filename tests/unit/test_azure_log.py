@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from tuneloop.core.types import (
     Event,
     Job,
     JobRecord,
+    ProgressLine,
     Step,
     StepRecord,
 )
 from tuneloop.server.azure.gateway import Gateway
-from tuneloop.server.azure.history import log
+from tuneloop.server.azure.history import log, words
 from tuneloop.server.azure.history.runs import error_view
 from tuneloop.server.azure.jobs import followers
 from tuneloop.server.azure.jobs.facts import find_child, find_job
@@ -297,3 +298,21 @@ def test_runs_are_found_by_their_names(world: World) -> None:
     assert child[1].step == "finetune"
     assert find_child(world.gateway, f"{NAME}.train") is None
     assert find_child(world.gateway, "finetune") is None
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "unit", "told"),
+    [
+        (12.0, 60.0, "steps", "training  12/60 steps"),
+        (31_400_000.0, 98_362_400.0, "bytes", "training  31.4/98.4 MB"),
+        (2_000_000.0, None, "bytes", "training  2.0 MB"),
+        (1_234_567.0, 2_000_000.0, "rows", "training  1,234,567/2,000,000 rows"),
+        (0.5, None, None, "training  0.5"),
+    ],
+)
+def test_progress_is_told_in_figures_that_people_read(
+    done: float, total: float | None, unit: str | None, told: str
+) -> None:
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    line = ProgressLine(at=at, stage="training", done=done, total=total, unit=unit)
+    assert words.of_progress(line) == told

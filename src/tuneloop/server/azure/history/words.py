@@ -198,12 +198,22 @@ def _finding(one: Mapping[str, Any]) -> str:
 def of_progress(line: ProgressLine) -> str:
     parts = [line.stage]
     if line.done is not None:
-        count = f"{line.done:g}/{line.total:g}" if line.total else f"{line.done:g}"
-        parts.append(f"{count} {line.unit or ''}".strip())
+        parts.append(_count(line.done, line.total, line.unit or ""))
     parts += _figures(line.values)
     if line.remaining_seconds is not None and line.remaining_seconds >= 1:
         parts.append(f"{_duration(line.remaining_seconds)} left")
     return "  ".join(parts)
+
+
+def _count(done: float, total: float | None, unit: str) -> str:
+    """`12/60 steps`, `31.4/98.4 MB`."""
+    if unit == "bytes":
+        done, unit = done / 1e6, "MB"
+        return f"{done:.1f}/{total / 1e6:.1f} {unit}" if total else f"{done:.1f} {unit}"
+    shown = f"{done:,.0f}" if done.is_integer() else f"{done:g}"
+    if total:
+        shown += f"/{total:,.0f}" if total.is_integer() else f"/{total:g}"
+    return f"{shown} {unit}".strip()
 
 
 def of_metrics(line: MetricLine) -> str:
