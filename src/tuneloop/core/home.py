@@ -16,7 +16,7 @@ from typing import Literal
 from tuneloop.core.errors import HomeUnusable
 from tuneloop.core.process import write_atomically
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of the store. What led from one to the next stands in `adapters/migrations.py`."""
 
 MARK = "home.json"
