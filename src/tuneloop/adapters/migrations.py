@@ -31,8 +31,8 @@ def _index_by_creation(connection: sa.Connection) -> None:
 
 
 def _more_fields(connection: sa.Connection) -> None:
-    """2 to 3: nothing to change. Since then records have fields that older code would refuse one by one, in the
-    middle of its work (mirrored traffic, probes): it refuses the home instead."""
+    """2 to 3: nothing to change. Since then records have fields that older code would refuse one by one, in
+    the middle of its work (mirrored traffic, probes): it refuses the home instead."""
 
 
 MIGRATIONS: Mapping[int, Migration] = {1: _index_by_creation, 2: _more_fields}
