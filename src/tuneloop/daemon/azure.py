@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneloop.core.azure import Remembered, remember, remembered
-from tuneloop.core.errors import Internal, PortTaken, TuneloopError
+from tuneloop.core.errors import Internal, TuneloopError
 from tuneloop.core.private import keep_secret
 from tuneloop.core.process import write_atomically
+from tuneloop.daemon.listening import HOST, listen
 from tuneloop.server.parts import AzureStatus
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("tuneloop.daemon")
 
 USUAL_PORT = 8443
-HOST = "127.0.0.1"
 START_SECONDS = 20.0
 STOP_SECONDS = 10.0
 HANDSHAKE_SECONDS = 15.0
@@ -153,22 +153,7 @@ class AzureListener:
     def _listen(self) -> socket.socket:
         last = remembered(self._folder).port
         wishes = [self._port] if self._port else [port for port in (last, USUAL_PORT) if port] + [0]
-        for wanted in wishes:
-            # TCP by name: only then asyncio sets TCP_NODELAY, without which an answer takes 40 ms more.
-            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((HOST, wanted))
-            except OSError:
-                listener.close()
-                continue
-            listener.listen(128)
-            listener.set_inheritable(False)
-            return listener
-        raise PortTaken(
-            f"Port {self._port} on {HOST} is taken by another program.",
-            next_move="Choose another with TUNELOOP_AZURE_PORT (0 takes a free one).",
-        )
+        return listen(wishes, "TUNELOOP_AZURE_PORT")
 
     def _close(self, running: _Running) -> None:
         running.server.should_exit = True

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tuneloop import __version__
 from tuneloop.core import disk
-from tuneloop.core.errors import PortTaken
 from tuneloop.core.home import SCHEMA_VERSION, TokenFile, arrival, new_id, read_mark, settle
 from tuneloop.core.machine import this_machine
 from tuneloop.core.settings import Settings, tracking_fingerprint
 from tuneloop.daemon.azure import AzureListener
 from tuneloop.daemon.clock import SystemClock
 from tuneloop.daemon.home import home_id, only_server, prepare_home
+from tuneloop.daemon.listening import listen
 
 if TYPE_CHECKING:
     from tuneloop.server.parts import Parts
@@ -220,22 +220,8 @@ def assemble(settings: Settings, lifetime: Lifetime) -> tuple[Parts, Reconciler]
 
 def _listen(settings: Settings, home: Path) -> socket.socket:
     """The port that was set, else the one this home had last, else a free one."""
-    wanted = settings.port or _last_port(home)
-    # Named: only then asyncio sets TCP_NODELAY, without which an answer waits 40 ms for its second half.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("127.0.0.1", wanted))
-    except OSError:
-        if settings.port:
-            raise PortTaken(
-                f"Port {wanted} on 127.0.0.1 is taken by another program.",
-                next_move="Choose another with TUNELOOP_PORT (0 takes a free one).",
-            ) from None
-        listener.bind(("127.0.0.1", 0))
-    listener.listen(128)
-    listener.set_inheritable(False)
-    return listener
+    wishes = [settings.port] if settings.port else [_last_port(home), 0]
+    return listen(wishes, "TUNELOOP_PORT")
 
 
 def _last_port(home: Path) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ssl
+import contextlib
 import time
 from typing import Any
 
 import httpx
 
+from tests.contract.azure.direct import speaking_to
 from tests.contract.azure.sdk import AzureWorld
 
 WORKSPACE = (
@@ -20,20 +21,15 @@ class Wire:
     """A client with a token of the managed identity."""
 
     def __init__(self, azure: AzureWorld) -> None:
-        trusted = ssl.create_default_context(cafile=str(azure.azure_folder / "bundle.pem"))
-        self.api = httpx.Client(base_url=azure.url, verify=trusted, trust_env=False, timeout=60)
-        secret = (azure.azure_folder / "identity").read_text(encoding="utf-8").strip()
-        granted = self.api.get(
-            "/msi/token", params={"resource": azure.url}, headers={"x-identity-header": secret}
-        )
-        self.token = str(granted.json()["access_token"])
-        self.api.headers["authorization"] = f"Bearer {self.token}"
+        self._stack = contextlib.ExitStack()
+        self.api = self._stack.enter_context(speaking_to(azure))
+        self.token = self.api.headers["authorization"].removeprefix("Bearer ")
 
     def __enter__(self) -> Wire:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.api.close()
+        self._stack.close()
 
     def get(self, path: str) -> httpx.Response:
         return self.api.get(path)

@@ -25,7 +25,6 @@ from tuneloop.server.azure.jobs.facts import (
 from tuneloop.server.azure.jobs.submission import Order, read
 from tuneloop.server.azure.jobs.view import declared_outputs, job_id, job_summary, job_view
 from tuneloop.server.azure.routing import Answer, Request, Routes
-from tuneloop.server.azure.tokens import ML_AUDIENCE
 from tuneloop.workspace.jobs import JobSummary
 
 PAGE = 1000
@@ -37,10 +36,8 @@ routes = Routes()
 @routes.add("PUT", "{ws}/jobs/{job}")
 def create_or_update_job(gateway: Gateway, request: Request) -> Answer:
     """Submit a pipeline job under the name that the client gave it; describe one that is there"""
-    token = request.http.headers.get("x-azureml-token")
-    if token is not None:
-        # Whoever submits must be allowed to speak to Azure ML, not only to manage resources.
-        gateway.tokens.verify(token.strip(), (ML_AUDIENCE,))
+    # Whoever submits must be allowed to speak to Azure ML, not only to manage resources.
+    gateway.tokens.verify_user(request.http.headers.get("x-azureml-token"))
     name = request["job"]
     with gateway.lock(f"job/{name.lower()}"):
         known = find_job(gateway, name)
