@@ -4,6 +4,7 @@ called, deleted."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,15 @@ def test_its_job_is_a_job_of_this_workspace_with_the_parameters_that_were_sent(
 
 
 def test_the_stream_shows_the_training_while_it_goes_on(walked: dict[str, Any]) -> None:
-    printed = walked["printed"]
-    assert "loss" in printed
-    assert "Execution Summary" in printed
+    """Between the stream's head and the SDK's summary: losses step by step, every step's end, the job's."""
+    told = walked["printed"].partition("Streaming user_logs/std_log.txt")[2].partition("Execution Summary")[0]
+    losses = re.findall(r"finetune +step (\d+)  loss ([\d.]+)", told)
+    assert [int(step) for step, _ in losses] == sorted({int(step) for step, _ in losses})
+    assert losses
+    ended = re.findall(r"(\w+) +succeeded in [\d.:]+", told)
+    assert ended == ["model_import", "preprocess", "finetune", "export", "evaluate"]
+    assert re.search(r"job +completed in [\d.:]+", told)
+    assert "warning: finetune.apply_deepspeed is true: training runs plain" in told
 
 
 def test_its_model_says_where_it_comes_from(azure: AzureWorld, walked: dict[str, Any]) -> None:
