@@ -90,10 +90,8 @@ class _Application:
         body = Body(await _read_json(http)) if http.method in ("PUT", "POST", "PATCH") else Body({})
         query = {name.lower(): value for name, value in http.query_params.items()}
         request = Request(http, params, query, body, caller)
-        answer = await run_in_threadpool(operation.handler, self._gateway, request)
-        if isinstance(answer, Answer):
-            return _response(answer)
-        return answer  # type: ignore[no-any-return]
+        answer: Answer | Response = await run_in_threadpool(operation.handler, self._gateway, request)
+        return _response(answer) if isinstance(answer, Answer) else answer
 
     def _caller(self, http: HttpRequest, operation: Operation) -> Caller:
         tokens = self._gateway.tokens
